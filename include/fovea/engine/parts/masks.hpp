@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which keys a query sees.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#include "../../core/view.hpp"
+#include "../plan.hpp"
+#include "../policies.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+// Causal masks and windows: the keys pos - reach.left .. pos + reach.right. The lengths of sequences are the engine's business.
+struct Band {
+  Reach reach;
+
+  struct Lane {
+    i32 first, last;
+    FOVEA_INLINE keep_t operator()(i32 pos) const { return as_keep((pos >= first) & (pos <= last)); }
+  };
+  FOVEA_INLINE Lane at(const Row& row) const {
+    return {i32(clamped(row.pos - reach.left)), i32(clamped(row.pos + reach.right))};
+  }
+
+  FOVEA_INLINE KeyRange hull(std::span<const Row> rows) const {
+    const Ends ends = positions(rows);
+    return {ends.low - reach.left, ends.high + reach.right + 1};
+  }
+
+  FOVEA_INLINE Cover cover(const Tile& tile) const {
+    const Ends ends = positions(tile.rows);
+    if (tile.k_end <= ends.low - reach.left || tile.k_begin > ends.high + reach.right) return Cover::skip;
+    const bool full = tile.k_begin >= ends.high - reach.left && tile.k_end - 1 <= ends.low + reach.right;
+    return full ? Cover::full : Cover::partial;
+  }
+
+ private:
+  struct Ends {
+    index_t low, high;
+  };
+  FOVEA_INLINE static Ends positions(std::span<const Row> rows) {
+    Ends ends{rows.front().pos, rows.front().pos};
+    for (const Row& row : rows) ends = {std::min(ends.low, row.pos), std::max(ends.high, row.pos)};
+    return ends;
+  }
+  FOVEA_INLINE static std::int32_t clamped(index_t pos) {
+    return static_cast<std::int32_t>(std::clamp<index_t>(pos, INT32_MIN, INT32_MAX));
+  }
+};
+
+// The element of row `row`, key 0, of a view [sequence | 1, q_head | 1, len_q | 1, len_k] with stride 0 on broadcast axes.
+template <class T>
+FOVEA_INLINE const T* mask_row(const View<const T, 4>& view, const Row& row) {
+  return view.data + row.sequence * view.stride[0] + row.q_head * view.stride[1] + row.q_index * view.stride[2];
+}
+
+// A stored mask: `keep` bytes (0 = masked) and `bias` floats (-inf = masked, the ScoreMod Bias adds the rest); either may be
+// absent. cover looks at the tile itself, so that a dead tile of a block-sparse mask costs a look and no arithmetic.
+struct StoredMask {
+  View<const std::uint8_t, 4> keep;
+  View<const float, 4> bias;
+
+  struct Lane {
+    const std::uint8_t* keep;
+    const float* bias;
+    index_t keep_stride, bias_stride, keep_end, bias_end;
+
+    FOVEA_INLINE keep_t operator()(i32 pos) const {
+      const index_t first = first_lane(pos);
+      keep_t visible = f32(0.f) == f32(0.f);
+      if (keep != nullptr) visible = nonzero_bytes(keep + first * keep_stride, keep_stride, keep_end - first);
+      if (bias == nullptr) return visible;
+      const f32 b = load_strided(bias + first * bias_stride, bias_stride, bias_end - first);
+      return visible & (b != f32(-std::numeric_limits<float>::infinity()));
+    }
+  };
+  FOVEA_INLINE Lane at(const Row& row) const {
+    return {keep ? mask_row(keep, row) : nullptr, bias ? mask_row(bias, row) : nullptr, keep.stride[3], bias.stride[3],
+            keep.extent[3],                       bias.extent[3]};
+  }
+
+  FOVEA_INLINE KeyRange hull(std::span<const Row>) const { return {0, PTRDIFF_MAX}; }
+
+  // 12 rows x 256 floats: about 200 loads against 12,000 FMAs (dim 128) of the tile it may save.
+  FOVEA_INLINE Cover cover(const Tile& tile) const {
+    bool live = false, dead = false;
+    const std::uint8_t* seen_keep = nullptr;
+    const float* seen_bias = nullptr;
+    for (const Row& row : tile.rows) {
+      const Lane lane = at(row);
+      if (lane.keep == seen_keep && lane.bias == seen_bias && (seen_keep != nullptr || seen_bias != nullptr)) continue;
+      seen_keep = lane.keep;
+      seen_bias = lane.bias;
+      for (index_t j = tile.k_begin; j < tile.k_end; j += kLanes) {
+        const index_t here = std::min(kLanes, tile.k_end - j);
+        const keep_t inside = as_keep(lane_numbers() < i32(static_cast<std::int32_t>(here)));
+        const keep_t visible = lane(i32(static_cast<std::int32_t>(j)));
+        live = live || xsimd::any(visible & inside);
+        dead = dead || !xsimd::all(visible | !inside);
+      }
+      if (live && dead) return Cover::partial;
+    }
+    return live ? Cover::full : Cover::skip;
+  }
+};
+
+// Visible under both.
+template <class First, class Second>
+struct Both {
+  First first;
+  Second second;
+
+  struct Lane {
+    decltype(std::declval<const First&>().at(std::declval<const Row&>())) first;
+    decltype(std::declval<const Second&>().at(std::declval<const Row&>())) second;
+    FOVEA_INLINE keep_t operator()(i32 pos) const { return first(pos) & second(pos); }
+  };
+  FOVEA_INLINE Lane at(const Row& row) const { return {first.at(row), second.at(row)}; }
+
+  FOVEA_INLINE KeyRange hull(std::span<const Row> rows) const {
+    const KeyRange a = first.hull(rows), b = second.hull(rows);
+    return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
+  }
+  FOVEA_INLINE Cover cover(const Tile& tile) const {
+    const Cover a = first.cover(tile);
+    if (a == Cover::skip) return Cover::skip;
+    const Cover b = second.cover(tile);
+    if (b == Cover::skip) return Cover::skip;
+    return a == Cover::full && b == Cover::full ? Cover::full : Cover::partial;
+  }
+};
+
+}  // namespace FOVEA_ARCH
+}  // namespace v0
+}  // namespace fovea

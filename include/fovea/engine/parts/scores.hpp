@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// What happens to a score between the dot product and the normaliser. Each part is off in its default state, so that one
+// instantiation serves every combination of options; the branches are constant along a row.
+#pragma once
+#include "../../core/view.hpp"
+#include "../../simd/math.hpp"
+#include "../policies.hpp"
+#include "masks.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+// cap * tanh(s / cap): Gemma 2, Grok. 0 = off.
+struct Softcap {
+  float cap = 0.f;
+
+  struct Lane {
+    float cap, inverse;
+    FOVEA_INLINE f32 operator()(f32 s, i32) const { return cap == 0.f ? s : tanh(s * f32(inverse)) * f32(cap); }
+  };
+  FOVEA_INLINE Lane at(const Row&) const { return {cap, cap == 0.f ? 0.f : 1.f / cap}; }
+};
+
+// s - slope[q_head] * |pos - key|: Press et al. 2022, arXiv 2108.12409.
+struct Alibi {
+  const float* slopes = nullptr;   // [q_head]
+
+  struct Lane {
+    float minus_slope;
+    std::int32_t pos;
+    FOVEA_INLINE f32 operator()(f32 s, i32 key) const {
+      return minus_slope == 0.f ? s : fma(f32(minus_slope), xsimd::abs(xsimd::to_float(key - i32(pos))), s);
+    }
+  };
+  FOVEA_INLINE Lane at(const Row& row) const {
+    return {slopes == nullptr ? 0.f : -slopes[row.q_head], static_cast<std::int32_t>(row.pos)};
+  }
+};
+
+// s + bias[sequence, q_head, q_index, key].
+struct Bias {
+  View<const float, 4> bias = {};
+
+  struct Lane {
+    const float* bias;
+    index_t stride, end;
+    FOVEA_INLINE f32 operator()(f32 s, i32 pos) const {
+      if (bias == nullptr) return s;
+      const index_t first = first_lane(pos);
+      return s + load_strided(bias + first * stride, stride, end - first);
+    }
+  };
+  FOVEA_INLINE Lane at(const Row& row) const { return {bias ? mask_row(bias, row) : nullptr, bias.stride[3], bias.extent[3]}; }
+};
+
+// First, then second.
+template <class First, class Second>
+struct Then {
+  First first;
+  Second second;
+
+  struct Lane {
+    decltype(std::declval<const First&>().at(std::declval<const Row&>())) first;
+    decltype(std::declval<const Second&>().at(std::declval<const Row&>())) second;
+    FOVEA_INLINE f32 operator()(f32 s, i32 pos) const { return second(first(s, pos), pos); }
+  };
+  FOVEA_INLINE Lane at(const Row& row) const { return {first.at(row), second.at(row)}; }
+};
+
+}  // namespace FOVEA_ARCH
+}  // namespace v0
+}  // namespace fovea

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plan of a step: sequences, tiles, tasks. A pure function of lengths, options and the machine; holds no data pointer, so one
+// plan serves every layer of a step. The key tile and the key split are functions of (dims, instruction set, regime) alone:
+// that is what keeps a row's bits independent of the batch, the threads and the cache sizes.
+#pragma once
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "../core/cpu_shape.hpp"
+#include "../core/shapes.hpp"
+#include "../core/status.hpp"
+#include "../core/workspace.hpp"
+#include "../simd/gemm.hpp"
+
+namespace fovea {
+inline namespace v0 {
+
+// One sequence of the batch. `pos` is the position of its query 0.
+struct Sequence {
+  index_t q_begin, len_q, k_begin, len_k, pos;
+  index_t batch;
+};
+
+// A query at pos can see the keys pos - left .. pos + right at most.
+struct Reach {
+  index_t left, right;
+};
+inline constexpr index_t kUnbounded = index_t{1} << 40;
+
+// Rows of one (sequence, kv head): row r is query r / group of q head kv_head * group + r % group, so that the heads of a GQA group
+// stand next to each other and share what their position sees.
+struct Block {
+  std::int32_t sequence, kv_head;
+  index_t row_begin, row_count;
+  std::int32_t splits;
+  Regime regime;
+  index_t first_partial;   // where its (split, row) partials start, counted in rows
+};
+
+struct Task {
+  std::int32_t block, split;
+  index_t k_begin, k_end;
+};
+
+struct PlanRequest {
+  index_t q_heads, kv_heads, dim_qk, dim_v;
+  Reach reach;
+  Regime regime;
+  int lanes;
+  CpuShape cpu;
+};
+
+inline namespace FOVEA_ARCH {
+
+inline constexpr index_t kDecodeRows = 16;       // at most so many query rows per kv head read K and V in place
+inline constexpr index_t kSplitKeys = 1024;      // decode: keys of one partial result
+inline constexpr index_t kMaxTasks = index_t{1} << 26;
+
+// K and V tiles of 128 KiB each at dim 128 stay in a 1 MiB L2 beside Q and the accumulators; larger dims take fewer keys.
+constexpr index_t key_tile(index_t dim_qk, index_t dim_v) {
+  const index_t wide = std::max(dim_qk, dim_v);
+  return wide <= 160 ? 256 : wide <= 320 ? 128 : 64;
+}
+static_assert(key_tile(1, 1) <= kMaxKeyTile && key_tile(576, 576) % kPanel == 0 && kSplitKeys % kMaxKeyTile == 0);
+
+constexpr index_t padded(index_t count, index_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+class Plan {
+ public:
+  // `sequences` is filled by the caller before; everything else is derived.
+  Status build(const PlanRequest& request);
+
+  index_t group() const { return request.q_heads / request.kv_heads; }
+  index_t group_rows(Regime regime) const { return regime == Regime::prefill ? kTileRows : kDecodeRows; }
+  // Positions of a row, its keys before any mask: hull of the reach, clipped to the sequence.
+  index_t first_key(const Sequence& sequence, index_t pos) const { return std::clamp<index_t>(pos - request.reach.left, 0, sequence.len_k); }
+  index_t end_key(const Sequence& sequence, index_t pos) const { return std::clamp<index_t>(pos + request.reach.right + 1, 0, sequence.len_k); }
+
+  std::size_t workspace_bytes(int lanes) const;
+  std::string describe() const;
+
+  PlanRequest request{};
+  index_t key_tile_size = 0;
+  index_t max_rows = 0;        // of any block, rounded up to whole row groups
+  index_t partial_rows = 0;    // (split, row) pairs
+  bool has_prefill = false;
+  std::vector<Sequence> sequences;
+  std::vector<Block> blocks;
+  std::vector<Task> tasks;
+};
+
+// One lane's slice of the workspace. Filled by the same code that counts its bytes.
+struct LaneMemory {
+  Row* rows;               // [max_rows]
+  float* queries;          // prefill [row group, dim_qk, kTileRows], decode [row, padded dim_qk]
+  float* keys;             // [panel, dim_qk, kPanel]
+  float* values;           // [panel, key_tile, kPanel]
+  float* scores;           // [row of a group, kScoreStride]
+  float* rescale;          // [row of a group]
+  float* acc;              // [max_rows, padded dim_v]
+  std::byte* states;       // [max_rows, kStateBytes]
+  std::uint8_t* live;      // [row of a group, kMaxKeyTile]
+  index_t* hulls;          // [row group, 2]
+};
+
+inline constexpr index_t kStateBytes = 32;   // of a row's normaliser; the workspace's size is known before the policies are
+inline constexpr index_t kGroupRows = std::max(kTileRows, kDecodeRows);
+
+inline index_t acc_stride(const Plan& plan) { return padded(plan.request.dim_v, kLanes); }
+inline index_t query_stride(const Plan& plan) { return padded(plan.request.dim_qk, kLanes); }
+
+inline LaneMemory carve_lane(Bump& bump, const Plan& plan) {
+  const PlanRequest& r = plan.request;
+  const index_t rows = plan.max_rows, tile = plan.has_prefill ? plan.key_tile_size : 0;
+  LaneMemory memory{};
+  memory.rows = bump.take<Row>(rows);
+  memory.queries = bump.take<float>(rows * query_stride(plan));
+  memory.keys = bump.take<float>(tile * r.dim_qk);
+  memory.values = bump.take<float>(tile * padded(r.dim_v, kPanel));
+  memory.scores = bump.take<float>(kGroupRows * kScoreStride);
+  memory.rescale = bump.take<float>(kGroupRows);
+  memory.acc = bump.take<float>(rows * acc_stride(plan));
+  memory.states = bump.take<std::byte>(rows * kStateBytes);
+  memory.live = bump.take<std::uint8_t>(kGroupRows * kMaxKeyTile);
+  memory.hulls = bump.take<index_t>(2 * (rows / std::min(kTileRows, kDecodeRows) + 1));
+  return memory;
+}
+
+// What the lanes share: the partial rows of split blocks and, per block, how many of its tasks are still open.
+struct SharedMemory {
+  float* acc;              // [partial row, padded dim_v]
+  std::byte* states;       // [partial row, kStateBytes]
+  std::int32_t* open;      // [block]
+};
+
+inline SharedMemory carve_shared(Bump& bump, const Plan& plan) {
+  SharedMemory memory{};
+  if (plan.partial_rows == 0) return memory;
+  memory.acc = bump.take<float>(plan.partial_rows * acc_stride(plan));
+  memory.states = bump.take<std::byte>(plan.partial_rows * kStateBytes);
+  memory.open = bump.take<std::int32_t>(static_cast<index_t>(plan.blocks.size()));
+  return memory;
+}
+
+inline std::size_t Plan::workspace_bytes(int lanes) const {
+  Bump one, shared;
+  carve_lane(one, *this);
+  carve_shared(shared, *this);
+  return one.used() * static_cast<std::size_t>(lanes) + shared.used() + kAlignment;
+}
+
+inline Status Plan::build(const PlanRequest& wanted) {
+  request = wanted;
+  key_tile_size = key_tile(request.dim_qk, request.dim_v);
+  max_rows = partial_rows = 0;
+  has_prefill = false;
+  blocks.clear();
+  tasks.clear();
+
+  // Q and the accumulators of a block take half of the L2, and there are at least four blocks a lane where the rows allow it.
+  const index_t row_bytes = 4 * (query_stride(*this) + acc_stride(*this));
+  const index_t row_cap = std::clamp(request.cpu.l2_bytes / 2 / row_bytes, kTileRows, index_t{512}) / kTileRows * kTileRows;
+  const index_t heads = std::max<index_t>(static_cast<index_t>(sequences.size()) * request.kv_heads, 1);
+  const index_t blocks_wanted = request.lanes > 1 ? (4 * request.lanes + heads - 1) / heads : 1;
+
+  for (std::size_t s = 0; s < sequences.size(); ++s) {
+    const Sequence& sequence = sequences[s];
+    const index_t rows = sequence.len_q * group();
+    if (rows == 0) continue;
+    const Regime regime = request.regime != Regime::automatic ? request.regime
+                          : rows <= kDecodeRows                ? Regime::decode
+                                                               : Regime::prefill;
+    const index_t cap = regime == Regime::decode ? kDecodeRows : row_cap;
+    const index_t count = std::max((rows + cap - 1) / cap, std::min(blocks_wanted, (rows + kTileRows - 1) / kTileRows));
+    const index_t step = padded((rows + count - 1) / count, group_rows(regime));
+    has_prefill = has_prefill || regime == Regime::prefill;
+    for (index_t begin = 0; begin < rows; begin += step) {
+      const index_t row_count = std::min(step, rows - begin);
+      const index_t first_pos = sequence.pos + begin / group(), last_pos = sequence.pos + (begin + row_count - 1) / group();
+      const index_t k_begin = first_key(sequence, first_pos), k_end = std::max(end_key(sequence, last_pos), k_begin);
+      // Splits start at absolute multiples, so a key belongs to the same split whoever asks.
+      const index_t first_split = regime == Regime::decode ? k_begin / kSplitKeys : 0;
+      const index_t splits = regime == Regime::decode ? std::max<index_t>((k_end + kSplitKeys - 1) / kSplitKeys - first_split, 1) : 1;
+      if (splits * request.kv_heads > kMaxTasks - static_cast<index_t>(tasks.size()))
+        return Status::error(Code::unsupported, "fovea: more than %td tasks in one call; split the batch", kMaxTasks);
+      for (index_t kv_head = 0; kv_head < request.kv_heads; ++kv_head) {
+        const auto block = static_cast<std::int32_t>(blocks.size());
+        blocks.push_back({static_cast<std::int32_t>(s), static_cast<std::int32_t>(kv_head), begin, row_count,
+                          static_cast<std::int32_t>(splits), regime, partial_rows});
+        for (index_t split = 0; split < splits; ++split) {
+          const index_t from = splits == 1 ? k_begin : std::max(k_begin, (first_split + split) * kSplitKeys);
+          const index_t to = splits == 1 ? k_end : std::min(k_end, (first_split + split + 1) * kSplitKeys);
+          tasks.push_back({block, static_cast<std::int32_t>(split), from, to});
+        }
+        if (splits > 1) partial_rows += splits * row_count;
+      }
+      max_rows = std::max(max_rows, padded(row_count, group_rows(regime)));
+    }
+  }
+
+  // Longest first, so that no lane ends on a long task alone. The order moves no bit of a result.
+  const auto cost = [this](const Task& task) { return (task.k_end - task.k_begin) * blocks[static_cast<std::size_t>(task.block)].row_count; };
+  const auto longer = [&](const Task& a, const Task& b) {
+    const index_t cost_a = cost(a), cost_b = cost(b);
+    return cost_a != cost_b ? cost_a > cost_b : a.block != b.block ? a.block < b.block : a.split < b.split;
+  };
+  if (request.lanes > 1 && !std::is_sorted(tasks.begin(), tasks.end(), longer)) std::sort(tasks.begin(), tasks.end(), longer);
+  return {};
+}
+
+inline std::string Plan::describe() const {
+  index_t split_blocks = 0, decode_blocks = 0, most_splits = 1;
+  for (const Block& block : blocks) {
+    split_blocks += block.splits > 1;
+    decode_blocks += block.regime == Regime::decode;
+    most_splits = std::max<index_t>(most_splits, block.splits);
+  }
+  const char* const regime = decode_blocks == 0                                       ? "prefill (K and V packed per key tile)"
+                             : decode_blocks == static_cast<index_t>(blocks.size())   ? "decode (K and V read in place)"
+                                                                                      : "mixed prefill and decode";
+  char text[640];
+  std::snprintf(text, sizeof text,
+                "regime      %s\n"
+                "heads       %td query, %td kv (group %td), dims %td/%td\n"
+                "tiles       %td rows x %td keys, kernel %td x %td\n"
+                "tasks       %zu tasks in %zu blocks of up to %td rows, %zu sequences\n"
+                "key splits  %td blocks split, at most %td splits of %td keys\n"
+                "isa         " FOVEA_ARCH_NAME "\n"
+                "workspace   %zu bytes for %d lanes\n",
+                regime, request.q_heads, request.kv_heads, group(), request.dim_qk, request.dim_v, kTileRows, key_tile_size, kTileRows,
+                kPanel, tasks.size(), blocks.size(), max_rows, sequences.size(), split_blocks, most_splits, kSplitKeys,
+                workspace_bytes(request.lanes), request.lanes);
+  return text;
+}
+
+}  // namespace FOVEA_ARCH
+}  // namespace v0
+}  // namespace fovea

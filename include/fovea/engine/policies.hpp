@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// The six policies of the tile engine, one granularity each: tile > row > lane (docs/policies.md). Where K and V are and how
+// stored values become vectors are two things: a source says where, its codecs' kernels say how.
+#pragma once
+#include <array>
+#include <concepts>
+#include <span>
+#include <type_traits>
+
+#include "../core/shapes.hpp"
+#include "../simd/gemm.hpp"
+#include "../simd/pack.hpp"
+#include "../simd/stream.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+// lane: stored values -> a vector. load_some never touches memory beyond `count` values and gives zeros there.
+template <class C>
+concept Codec = requires(const C& codec, const std::byte* row, index_t d, index_t count) {
+  { codec.load(row, d) } -> std::same_as<f32>;
+  { codec.load_some(row, d, count) } -> std::same_as<f32>;
+  { C::kBytes } -> std::convertible_to<index_t>;
+};
+
+// What a pair of codecs can do, one pointer each, called once per tile: K and V formats add up instead of multiplying.
+struct KvKernels {
+  void (*pack_k)(const std::byte* rows, index_t stride, index_t count, index_t dim, index_t first, float* to);
+  bool (*pack_v)(const std::byte* rows, index_t stride, index_t count, index_t dim, float* to, index_t panel_stride);
+  void (*scores)(index_t rows, const float* q, index_t q_stride, const std::byte* keys, index_t stride, index_t count, index_t dim,
+                 float* s);
+  void (*weigh)(index_t rows, const float* p, const std::byte* values, index_t stride, index_t count, index_t dim,
+                const float* rescale, float* acc, index_t acc_stride);
+  bool (*finite)(const std::byte* values, index_t stride, index_t count, index_t dim);
+};
+
+// tile: where the stored rows of a tile are.
+template <class S>
+concept KvSource = requires(const S& source, const Tile& tile) {
+  { source.where(tile) } -> std::same_as<Where>;
+  { source.kernels } -> std::convertible_to<KvKernels>;
+};
+
+// The keys outside [begin, end) are masked for every row asked about.
+struct KeyRange {
+  index_t begin, end;
+};
+
+// row set: the hull of visible keys. tile: skip, partial or full. lane: keep this key? (asked on partial tiles only)
+template <class M>
+concept Mask = requires(const M& mask, std::span<const Row> rows, const Tile& tile, const Row& row, i32 pos) {
+  { mask.hull(rows) } -> std::same_as<KeyRange>;
+  { mask.cover(tile) } -> std::same_as<Cover>;
+  { mask.at(row)(pos) } -> std::same_as<keep_t>;
+};
+
+// lane: s -> s', in natural units, after the scale. at(row) holds what is constant along a row.
+template <class M>
+concept ScoreMod = requires(const M& mod, const Row& row, f32 s, i32 pos) {
+  { mod.at(row)(s, pos) } -> std::same_as<f32>;
+};
+
+// row: scores -> weights, a monoid. begin(row, false) is its zero; begin(row, true) is what a whole row starts from (a sink).
+// absorb turns scores into weights in place and returns by how much the accumulator shrinks; merge adds b to a and returns
+// the factors of the two accumulators.
+template <class N>
+concept Normalizer = requires(const N& norm, typename N::State& a, const typename N::State& b, const Row& row, std::span<float> s) {
+  { norm.begin(row, true) } -> std::same_as<typename N::State>;
+  { norm.absorb(a, s) } -> std::same_as<float>;
+  { norm.merge(a, b) } -> std::same_as<std::array<float, 2>>;
+  { norm.finish(b) } -> std::same_as<Final>;
+};
+
+// row: watches the weights of a key run before they are used; never changes them. `rescale` is what earlier weights of the
+// row shrink by. Only plans without key splits may carry one.
+template <class T>
+concept Tap = requires(const T& tap, const Row& row, index_t k_begin, std::span<const float> weights, float rescale, Final end) {
+  tap.absorb(row, k_begin, weights, rescale);
+  tap.finish(row, end);
+};
+
+// row: what leaves the engine.
+template <class E>
+concept Epilogue = requires(const E& epilogue, const Row& row, std::span<const float> acc, Final end) {
+  epilogue.store(row, acc, end);
+};
+
+// The do-nothing parts. The engine may ask whether a policy is one of these two, and nothing else.
+struct Identity {
+  struct Lane {
+    FOVEA_INLINE f32 operator()(f32 s, i32) const { return s; }
+  };
+  FOVEA_INLINE Lane at(const Row&) const { return {}; }
+};
+struct NoTap {
+  FOVEA_INLINE void absorb(const Row&, index_t, std::span<const float>, float) const {}
+  FOVEA_INLINE void finish(const Row&, Final) const {}
+};
+
+template <class Source, class Score, class MaskPolicy, class Norm, class Watch, class Close>
+struct TileSpec {
+  Source source;
+  Score score;
+  MaskPolicy mask;
+  Norm norm;
+  Watch tap;
+  Close epilogue;
+};
+
+template <class Source, class Score, class MaskPolicy, class Norm, class Watch, class Close>
+TileSpec(Source, Score, MaskPolicy, Norm, Watch, Close) -> TileSpec<Source, Score, MaskPolicy, Norm, Watch, Close>;   // clang 14
+
+template <class Spec>
+constexpr bool check_policies() {
+  static_assert(KvSource<decltype(Spec::source)>,
+                "fovea: a source needs where(Tile) -> Where and KvKernels kernels; see docs/policies.md#source");
+  static_assert(ScoreMod<decltype(Spec::score)>,
+                "fovea: a score needs at(Row) -> callable (f32 s, i32 pos) -> f32; see docs/policies.md#score");
+  static_assert(Mask<decltype(Spec::mask)>,
+                "fovea: a mask needs hull(rows) -> KeyRange, cover(Tile) -> Cover and at(Row) -> callable (i32 pos) -> keep_t; "
+                "see docs/policies.md#mask");
+  static_assert(Normalizer<decltype(Spec::norm)>,
+                "fovea: a normalizer needs State, begin, absorb, merge and finish; see docs/policies.md#normalizer");
+  static_assert(Tap<decltype(Spec::tap)>, "fovea: a tap needs absorb and finish; see docs/policies.md#tap");
+  static_assert(Epilogue<decltype(Spec::epilogue)>, "fovea: an epilogue needs store(Row, acc, Final); see docs/policies.md#epilogue");
+  return KvSource<decltype(Spec::source)> && ScoreMod<decltype(Spec::score)> && Mask<decltype(Spec::mask)> &&
+         Normalizer<decltype(Spec::norm)> && Tap<decltype(Spec::tap)> && Epilogue<decltype(Spec::epilogue)>;
+}
+
+}  // namespace FOVEA_ARCH
+}  // namespace v0
+}  // namespace fovea

@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0
+// run_lane: THE exact loop. For a block of query rows that share a kv head:
+//   1. list the rows, pack their queries (scale folded in), clear accumulators and states
+//   2. for every key tile in reach:
+//        pack K and V of the tile, once for all rows            (prefill; decode reads them in place)
+//        for every group of rows that sees some of it:
+//          S = Q K'                                             12 x 32 micro-tiles, or 4 rows x 4 keys
+//          scores modified, masked on partial tiles only
+//          per row: weights in place, the old sum shrinks by `rescale`
+//          acc = rescale * acc + weights V
+//   3. close the rows, or leave them as partials; the last task of a split block adds the partials up in key order
+// The loop knows concepts, never a mechanism, an option, a storage type or a thread.
+#pragma once
+#include <atomic>
+#include <cstring>
+#include <limits>
+
+#include "plan.hpp"
+#include "policies.hpp"
+#include "tile_merge.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+struct Queries {
+  Tensor<const float> q;   // [batch, q_head, pos, dim]
+  float scale;
+};
+
+inline Row row_of(const Plan& plan, const Block& block, index_t r) {
+  const Sequence& sequence = plan.sequences[static_cast<std::size_t>(block.sequence)];
+  const index_t group = plan.group(), index = block.row_begin + r;
+  const index_t q_index = index / group;
+  return {sequence.pos + q_index, q_index, block.sequence, static_cast<int>(block.kv_head * group + index % group), block.kv_head};
+}
+
+inline const float* query_of(const Plan& plan, const Queries& queries, const Row& row) {
+  const Sequence& sequence = plan.sequences[static_cast<std::size_t>(row.sequence)];
+  const auto& stride = queries.q.stride;
+  return queries.q.data + sequence.batch * stride[0] + row.q_head * stride[1] + (sequence.q_begin + row.q_index) * stride[2];
+}
+
+// Decode keeps whole rows, padded with zeros to whole vectors.
+inline void copy_query(const float* from, index_t element_stride, index_t dim, float scale, float* to) {
+  for (index_t d = 0; d < dim; ++d) to[d] = from[d * element_stride] * scale;
+  for (index_t d = dim; d < padded(dim, kLanes); ++d) to[d] = 0.f;
+}
+
+// Scores of one row group against the keys [begin, end) of a key tile, straight from storage. Column 0 is key tile_begin.
+template <class Source>
+FOVEA_INLINE void stream_group_scores(const Source& source, const Tile& tile, index_t tile_begin, const float* queries,
+                                      index_t query_stride, index_t dim, float* scores) {
+  const Where where = source.where(tile);
+  index_t column = tile.k_begin - tile_begin;
+  for (const Segment& segment : where.k) {
+    if (segment.count == 0) continue;
+    source.kernels.scores(static_cast<index_t>(tile.rows.size()), queries, query_stride, segment.data, segment.stride, segment.count,
+                          dim, scores + column);
+    column += segment.count;
+  }
+}
+
+// Score modification and mask, lane by lane, over whole vectors; the lanes outside [begin, end) become -inf.
+template <class Score, class MaskPolicy>
+FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cover cover, const Tile& tile, index_t tile_begin,
+                                float* scores) {
+  constexpr bool kModified = !std::is_same_v<Score, Identity>;
+  const f32 masked(-std::numeric_limits<float>::infinity());
+  const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
+  const index_t first = begin / kLanes * kLanes, last = padded(end, kLanes);
+  const i32 numbers = lane_numbers();
+  for (std::size_t r = 0; r < tile.rows.size(); ++r) {
+    float* const s = scores + static_cast<index_t>(r) * kScoreStride;
+    if (kModified || cover == Cover::partial) {
+      const auto lane_score = score.at(tile.rows[r]);
+      const auto lane_keep = mask.at(tile.rows[r]);
+      for (index_t j = first; j < last; j += kLanes) {
+        const i32 pos = numbers + i32(static_cast<std::int32_t>(tile_begin + j));
+        f32 value = lane_score(load(s + j), pos);
+        if (cover == Cover::partial) value = select(lane_keep(pos), value, masked);
+        store(s + j, value);
+      }
+    }
+    for (index_t j = first; j < begin; ++j) s[j] = -std::numeric_limits<float>::infinity();
+    for (index_t j = end; j < last; ++j) s[j] = -std::numeric_limits<float>::infinity();
+  }
+}
+
+template <class Spec>
+class TileRun {
+ public:
+  using State = typename decltype(Spec::norm)::State;
+  static_assert(check_policies<Spec>());
+  static_assert(sizeof(State) <= kStateBytes && std::is_trivially_copyable_v<State>);
+
+  TileRun(const Plan& plan, const Queries& queries, const Spec& spec, const LaneMemory& memory, const SharedMemory& shared)
+      : plan_(plan), queries_(queries), spec_(spec), memory_(memory), shared_(shared),
+        states_(reinterpret_cast<State*>(memory.states)) {}
+
+  void run(const Task& task) {
+    block_ = &plan_.blocks[static_cast<std::size_t>(task.block)];
+    group_rows_ = plan_.group_rows(block_->regime);
+    open_rows(task);
+    visit_tiles();
+    if (block_->splits == 1) {
+      close_rows(memory_.rows, memory_.acc, states_);
+    } else {
+      leave_partials(task);
+    }
+  }
+
+ private:
+  const Plan& plan_;
+  const Queries& queries_;
+  const Spec& spec_;
+  const LaneMemory& memory_;
+  const SharedMemory& shared_;
+  State* const states_;
+  const Block* block_ = nullptr;
+  index_t group_rows_ = 0;
+  KeyRange reach_{};        // keys some row of the block may see in this task
+  bool values_finite_ = true;
+
+  index_t dim_qk() const { return plan_.request.dim_qk; }
+  index_t dim_v() const { return plan_.request.dim_v; }
+  index_t groups() const { return (block_->row_count + group_rows_ - 1) / group_rows_; }
+  bool packed() const { return block_->regime == Regime::prefill; }
+  std::span<const Row> rows_of(index_t g) const {
+    const index_t first = g * group_rows_;
+    return {memory_.rows + first, static_cast<std::size_t>(std::min(group_rows_, block_->row_count - first))};
+  }
+  float* group_queries(index_t g) const {
+    return memory_.queries + (packed() ? g * dim_qk() * kTileRows : g * group_rows_ * query_stride(plan_));
+  }
+
+  void open_rows(const Task& task) {
+    for (index_t r = 0; r < block_->row_count; ++r) {
+      memory_.rows[r] = row_of(plan_, *block_, r);
+      states_[r] = spec_.norm.begin(memory_.rows[r], false);
+    }
+    std::memset(memory_.acc, 0, static_cast<std::size_t>(padded(block_->row_count, group_rows_) * acc_stride(plan_)) * sizeof(float));
+    reach_ = {task.k_end, task.k_begin};
+    for (index_t g = 0; g < groups(); ++g) {
+      const std::span<const Row> rows = rows_of(g);
+      const KeyRange hull = spec_.mask.hull(rows);
+      memory_.hulls[2 * g] = std::max(hull.begin, task.k_begin);
+      memory_.hulls[2 * g + 1] = std::min(hull.end, task.k_end);
+      if (memory_.hulls[2 * g] >= memory_.hulls[2 * g + 1]) continue;
+      reach_ = {std::min(reach_.begin, memory_.hulls[2 * g]), std::max(reach_.end, memory_.hulls[2 * g + 1])};
+      const index_t element_stride = queries_.q.stride[3];
+      if (packed()) {
+        const float* from[kTileRows] = {};
+        for (std::size_t r = 0; r < rows.size(); ++r) from[r] = query_of(plan_, queries_, rows[r]);
+        pack_queries(from, static_cast<index_t>(rows.size()), element_stride, dim_qk(), queries_.scale, group_queries(g));
+      } else {
+        for (std::size_t r = 0; r < rows.size(); ++r)
+          copy_query(query_of(plan_, queries_, rows[r]), element_stride, dim_qk(), queries_.scale,
+                     group_queries(g) + static_cast<index_t>(r) * query_stride(plan_));
+      }
+    }
+  }
+
+  void visit_tiles() {
+    const index_t size = plan_.key_tile_size;
+    for (index_t begin = reach_.begin / size * size; begin < reach_.end; begin += size) {
+      bool loaded = !packed();
+      for (index_t g = 0; g < groups(); ++g) {
+        const Tile tile{rows_of(g), std::max(begin, memory_.hulls[2 * g]), std::min(begin + size, memory_.hulls[2 * g + 1])};
+        if (tile.k_begin >= tile.k_end) continue;
+        const Cover cover = spec_.mask.cover(tile);
+        if (cover == Cover::skip) continue;
+        if (!loaded) {
+          pack_tile(Tile{tile.rows, std::max(begin, reach_.begin), std::min(begin + size, reach_.end)}, begin);
+          loaded = true;
+        }
+        visit(g, tile, begin, cover);
+      }
+    }
+  }
+
+  // K transposed into panels, V copied into panels: 1 % of the arithmetic it serves at 400 rows a block.
+  void pack_tile(const Tile& tile, index_t tile_begin) {
+    const Where where = spec_.source.where(tile);
+    index_t column = tile.k_begin - tile_begin;
+    for (const Segment& segment : where.k) {
+      if (segment.count == 0) continue;
+      spec_.source.kernels.pack_k(segment.data, segment.stride, segment.count, dim_qk(), column, memory_.keys);
+      column += segment.count;
+    }
+    values_finite_ = true;
+    column = tile.k_begin - tile_begin;
+    for (const Segment& segment : where.v) {
+      if (segment.count == 0) continue;
+      const bool finite = spec_.source.kernels.pack_v(segment.data, segment.stride, segment.count, dim_v(),
+                                                      memory_.values + column * kPanel, plan_.key_tile_size * kPanel);
+      values_finite_ = values_finite_ && finite;
+      column += segment.count;
+    }
+  }
+
+  void visit(index_t g, const Tile& tile, index_t tile_begin, Cover cover) {
+    const index_t rows = static_cast<index_t>(tile.rows.size());
+    const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
+    if (packed()) {
+      for (index_t panel = begin / kPanel; panel * kPanel < end; ++panel)
+        gemm_nt(rows, group_queries(g), memory_.keys + panel * dim_qk() * kPanel, dim_qk(), memory_.scores + panel * kPanel);
+    } else {
+      stream_group_scores(spec_.source, tile, tile_begin, group_queries(g), query_stride(plan_), dim_qk(), memory_.scores);
+    }
+    modify_scores(spec_.score, spec_.mask, cover, tile, tile_begin, memory_.scores);
+
+    const bool some_masked = cover == Cover::partial && !finite_values(tile);
+    if (some_masked) note_live(rows, begin, end);
+    const index_t first = begin / kLanes * kLanes;
+    for (index_t r = 0; r < rows; ++r) {
+      const std::span<float> row(memory_.scores + r * kScoreStride + first, static_cast<std::size_t>(padded(end, kLanes) - first));
+      memory_.rescale[r] = spec_.norm.absorb(states_[g * group_rows_ + r], row);
+      spec_.tap.absorb(tile.rows[static_cast<std::size_t>(r)], tile_begin + first, row, memory_.rescale[r]);
+    }
+    for (index_t r = rows; r < group_rows_; ++r) memory_.rescale[r] = 1.f;
+
+    if (some_masked) {
+      weigh_live(g, tile, tile_begin);
+    } else if (packed()) {
+      weigh_packed(g, rows, begin, end);
+    } else {
+      weigh_stored(g * group_rows_, rows, tile, memory_.scores + begin, memory_.rescale);
+    }
+  }
+
+  void weigh_packed(index_t g, index_t rows, index_t begin, index_t end) {
+    float* const acc = memory_.acc + g * group_rows_ * acc_stride(plan_);
+    const float* values = memory_.values + begin * kPanel;
+    for (index_t d = 0; d < dim_v(); d += kPanel, values += plan_.key_tile_size * kPanel) {
+      if (dim_v() - d > kLanes) {
+        gemm_nn<kPanelVectors>(rows, memory_.scores + begin, values, end - begin, memory_.rescale, acc + d, acc_stride(plan_));
+      } else {
+        gemm_nn<1>(rows, memory_.scores + begin, values, end - begin, memory_.rescale, acc + d, acc_stride(plan_));
+      }
+    }
+  }
+
+  void weigh_stored(index_t first_row, index_t rows, const Tile& tile, const float* weights, const float* rescale) {
+    const Where where = spec_.source.where(tile);
+    const float keep[kGroupRows] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
+    for (const Segment& segment : where.v) {
+      if (segment.count == 0) continue;
+      spec_.source.kernels.weigh(rows, weights, segment.data, segment.stride, segment.count, dim_v(), rescale,
+                                 memory_.acc + first_row * acc_stride(plan_), acc_stride(plan_));
+      weights += segment.count;
+      rescale = keep;
+    }
+  }
+
+  // A weight of 0 times NaN or Inf is NaN, so where a partial tile holds such a V, masked keys are stepped over instead of
+  // multiplied. The sums run in the same order, so finite rows keep their bits.
+  bool finite_values(const Tile& tile) const {
+    if (packed()) return values_finite_;
+    bool finite = true;
+    for (const Segment& segment : spec_.source.where(tile).v) {
+      if (segment.count > 0) finite = finite && spec_.source.kernels.finite(segment.data, segment.stride, segment.count, dim_v());
+    }
+    return finite;
+  }
+  void note_live(index_t rows, index_t begin, index_t end) {
+    for (index_t r = 0; r < rows; ++r) {
+      for (index_t j = begin; j < end; ++j)
+        memory_.live[r * kMaxKeyTile + j] = memory_.scores[r * kScoreStride + j] != -std::numeric_limits<float>::infinity();
+    }
+  }
+  void weigh_live(index_t g, const Tile& tile, index_t tile_begin) {
+    const float keep = 1.f;
+    for (index_t r = 0; r < static_cast<index_t>(tile.rows.size()); ++r) {
+      const std::uint8_t* const live = memory_.live + r * kMaxKeyTile - tile_begin;
+      const float* rescale = memory_.rescale + r;
+      for (index_t j = tile.k_begin; j < tile.k_end;) {
+        if (!live[j]) {
+          ++j;
+          continue;
+        }
+        index_t end = j;
+        while (end < tile.k_end && live[end]) ++end;
+        weigh_stored(g * group_rows_ + r, 1, Tile{tile.rows, j, end}, memory_.scores + r * kScoreStride + j - tile_begin, rescale);
+        rescale = &keep;
+        j = end;
+      }
+    }
+  }
+
+  // A sink enters here, once per row, in the same arithmetic for split and unsplit rows.
+  void close_rows(const Row* rows, float* acc, const State* states) {
+    const index_t dim = dim_v();
+    for (index_t r = 0; r < block_->row_count; ++r, acc += acc_stride(plan_)) {
+      State whole = spec_.norm.begin(rows[r], true);
+      const float factor = spec_.norm.merge(whole, states[r])[1];
+      if (factor != 1.f) {
+        for (index_t d = 0; d < dim; d += kLanes) store(acc + d, load(acc + d) * f32(factor));
+      }
+      const Final end = spec_.norm.finish(whole);
+      spec_.tap.finish(rows[r], end);
+      spec_.epilogue.store(rows[r], {acc, static_cast<std::size_t>(dim)}, end);
+    }
+  }
+
+  void leave_partials(const Task& task) {
+    const index_t rows = block_->row_count, stride = acc_stride(plan_);
+    const index_t first = block_->first_partial + task.split * rows;
+    std::memcpy(shared_.acc + first * stride, memory_.acc, static_cast<std::size_t>(rows * stride) * sizeof(float));
+    std::memcpy(shared_.states + first * kStateBytes, states_, static_cast<std::size_t>(rows) * sizeof(State));
+    std::atomic_ref<std::int32_t> open(shared_.open[task.block]);
+    if (open.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+
+    // This lane finished last and still holds the block's rows: add the partials up in key order, which no thread decides.
+    std::memcpy(memory_.acc, shared_.acc + block_->first_partial * stride, static_cast<std::size_t>(rows * stride) * sizeof(float));
+    std::memcpy(states_, shared_.states + block_->first_partial * kStateBytes, static_cast<std::size_t>(rows) * sizeof(State));
+    for (index_t split = 1; split < block_->splits; ++split) {
+      const index_t at = block_->first_partial + split * rows;
+      const State* const others = reinterpret_cast<const State*>(shared_.states + at * kStateBytes);
+      for (index_t r = 0; r < rows; ++r) {
+        merge_row(spec_.norm, states_[r], memory_.acc + r * stride, others[r], shared_.acc + (at + r) * stride, dim_v());
+      }
+    }
+    close_rows(memory_.rows, memory_.acc, states_);
+  }
+};
+
+// Draws tasks until none is left. Every lane of a run calls it once.
+template <class Spec>
+void run_tiles(const Plan& plan, const Queries& queries, const Spec& spec, const LaneMemory& memory, const SharedMemory& shared,
+               std::atomic<index_t>& next) {
+  TileRun<Spec> run(plan, queries, spec, memory, shared);
+  const auto count = static_cast<index_t>(plan.tasks.size());
+  for (index_t task = next.fetch_add(1, std::memory_order_relaxed); task < count; task = next.fetch_add(1, std::memory_order_relaxed))
+    run.run(plan.tasks[static_cast<std::size_t>(task)]);
+}
+
+}  // namespace FOVEA_ARCH
+}  // namespace v0
+}  // namespace fovea

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything. A map of the library, floor by floor; a file includes only its own floor and lower ones:
+//   attention.hpp    front door 1: exact softmax attention
+//   mechanisms/      one file each: a choice of policies on an engine
+//   engine/          the tile engine, its plan and its concepts; parts/ holds the standard policies
+//   simd/            vectors, elementary functions, packing, micro-kernels; one copy per instruction set
+//   core/            views, options, status, workspace, executor: plain data, the same in every translation unit
+//   reference/       naive double loops, one file per mechanism; knows core only
+//   adapters/        executors over OpenMP, oneTBB, Eigen and std::thread; views from Eigen and std::mdspan (not included here)
+#pragma once
+#include "attention.hpp"

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// Softmax attention (Vaswani et al. 2017, arXiv 1706.03762) in the online form of FlashAttention (Dao et al. 2022, arXiv
+// 2205.14135):  out_i = sum_j softmax_j(scale q_i . k_j) v_j, with GQA, bands, stored masks, softcap, ALiBi and sinks.
+// Two instantiations of the engine serve every option: scores used as they are, and scores modified.
+#pragma once
+#include "../core/attention_options.hpp"
+#include "../engine/parts/codecs.hpp"
+#include "../engine/parts/epilogues.hpp"
+#include "../engine/parts/masks.hpp"
+#include "../engine/parts/normalizers.hpp"
+#include "../engine/parts/scores.hpp"
+#include "../engine/parts/sources.hpp"
+#include "../engine/tile_engine.hpp"
+#include "../engine/tile_strip.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+using ModifiedScore = Then<Then<Softcap, Alibi>, Bias>;
+using ModifiedMask = Both<Band, StoredMask>;
+
+// A plan bound to tensors, options and a workspace. prepare() fills it; the lanes of one run share it.
+class AttentionRun {
+ public:
+  const Plan* plan = nullptr;
+  Queries queries{};
+  DenseSource source{};
+  ModifiedScore score{};
+  ModifiedMask mask{};
+  Softmax norm{};
+  Store epilogue{};
+  std::byte* workspace = nullptr;
+  std::size_t lane_bytes = 0;
+  std::atomic<index_t> next_task{0};
+
+  bool modified() const { return score.first.first.cap != 0.f || score.first.second.slopes || score.second.bias || mask.second.keep; }
+};
+
+inline float scale_of(const AttentionOptions& options, index_t dim_qk) {
+  return options.scale ? *options.scale : 1.f / std::sqrt(static_cast<float>(dim_qk));
+}
+
+inline Reach reach_of(const AttentionOptions& options) {
+  const index_t right = options.window.right < 0 ? kUnbounded : std::min(options.window.right, kUnbounded);
+  return {options.window.left < 0 ? kUnbounded : std::min(options.window.left, kUnbounded),
+          options.causal == Causal::none ? right : std::min<index_t>(right, 0)};
+}
+
+// Stride 0 on the axes a mask broadcasts.
+template <class T>
+View<const T, 4> broadcast(View<const T, 4> mask) {
+  for (std::size_t axis = 0; axis < 3; ++axis) {
+    if (mask.extent[axis] == 1) mask.stride[axis] = 0;
+  }
+  return mask;
+}
+
+// Everything but the workspace; also what the weights export needs.
+inline void bind(AttentionRun& run, const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
+                 Tensor<float> out, const AttentionOptions& options) {
+  const auto bytes = [](const Tensor<const float>& tensor) {
+    return std::array<index_t, 3>{tensor.stride[0] * 4, tensor.stride[1] * 4, tensor.stride[2] * 4};
+  };
+  run.plan = &plan;
+  run.queries = {q, scale_of(options, plan.request.dim_qk)};
+  run.source = {reinterpret_cast<const std::byte*>(k.data), reinterpret_cast<const std::byte*>(v.data), bytes(k), bytes(v),
+                plan.sequences.data(), kv_kernels<F32Codec, F32Codec>()};
+  run.score = {{{options.softcap}, {options.alibi_slopes.empty() ? nullptr : options.alibi_slopes.data()}}, {broadcast(options.bias)}};
+  run.mask = {{plan.request.reach}, {broadcast(options.keep), broadcast(options.bias)}};
+  run.norm = {options.sink.empty() ? nullptr : options.sink.data()};
+  run.epilogue = {out, options.lse, plan.sequences.data()};
+}
+
+// Lays the lanes' slices and the partials out in `workspace` and resets the counters.
+inline void open_workspace(AttentionRun& run, std::span<std::byte> workspace) {
+  Bump lane;
+  carve_lane(lane, *run.plan);
+  run.workspace = aligned(workspace).data();
+  run.lane_bytes = lane.used();
+  Bump shared(run.workspace);
+  const SharedMemory memory = carve_shared(shared, *run.plan);
+  for (std::size_t b = 0; memory.open != nullptr && b < run.plan->blocks.size(); ++b) memory.open[b] = run.plan->blocks[b].splits;
+  run.next_task.store(0, std::memory_order_relaxed);
+}
+
+inline void softmax_lane(AttentionRun& run, int lane) {
+  Bump shared_bytes(run.workspace);
+  const SharedMemory shared = carve_shared(shared_bytes, *run.plan);
+  Bump lane_bytes(run.workspace + shared_bytes.used() + run.lane_bytes * static_cast<std::size_t>(lane));
+  const LaneMemory memory = carve_lane(lane_bytes, *run.plan);
+  if (run.modified()) {
+    run_tiles(*run.plan, run.queries, TileSpec{run.source, run.score, run.mask, run.norm, NoTap{}, run.epilogue}, memory, shared,
+              run.next_task);
+  } else {
+    run_tiles(*run.plan, run.queries, TileSpec{run.source, Identity{}, run.mask.first, run.norm, NoTap{}, run.epilogue}, memory,
+              shared, run.next_task);
+  }
+}
+
+// weights[n] = exp(s - lse) for the given rows, key by key; zeros where masked and beyond the sequence.
+inline void softmax_weights(const AttentionRun& run, std::span<const Row> rows, const float* lse, const StripMemory& memory,
+                            const std::array<float*, kStripRows>& to, index_t to_stride, index_t to_count) {
+  std::size_t n = 0;
+  run_strip(*run.plan, run.queries, run.source, run.score, run.mask, rows, memory, [&](const Row& row, std::span<float> scores) {
+    GivenLse{}.weights(scores, lse[n]);
+    const index_t len_k = run.plan->sequences[static_cast<std::size_t>(row.sequence)].len_k;
+    for (index_t j = 0; j < to_count; ++j) to[n][j * to_stride] = j < len_k ? scores[static_cast<std::size_t>(j)] : 0.f;
+    ++n;
+  });
+}
+
+}  // namespace FOVEA_ARCH
+}  // namespace v0
+}  // namespace fovea

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 with FMA.
+#pragma once
+#include <immintrin.h>
+
+#include "../vectors.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+FOVEA_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm256_fmadd_ps(a, b, c); }
+FOVEA_INLINE f32 fma_from_memory(const float* a, f32 b, f32 c) { return fma(f32(*a), b, c); }
+
+FOVEA_INLINE __m256i first_lanes(index_t count) {
+  const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), numbers);
+}
+FOVEA_INLINE f32 load_some(const float* from, index_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
+FOVEA_INLINE void store_some(float* to, f32 v, index_t count) { _mm256_maskstore_ps(to, first_lanes(count), v); }
+
+FOVEA_INLINE std::int32_t first_lane(i32 v) { return _mm_cvtsi128_si32(_mm256_castsi256_si128(v)); }
+
+// The lanes i < count whose byte from[i * stride] is not 0.
+FOVEA_INLINE keep_t nonzero_bytes(const std::uint8_t* from, index_t stride, index_t count) {
+  std::uint8_t some[8] = {};
+  const bool whole = stride == 1 && count >= 8;
+  for (index_t i = 0; !whole && i < 8 && i < count; ++i) some[i] = from[i * stride];
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(whole ? from : some)));
+  return !keep_t(_mm256_castsi256_ps(_mm256_cmpeq_epi32(wide, _mm256_setzero_si256())));
+}
+
+FOVEA_INLINE float reduce_max(f32 v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+FOVEA_INLINE f32 above_floor(f32 t) { return _mm256_sub_ps(t, _mm256_floor_ps(t)); }
+
+// Below 2^-126 the result is flushed to 0 (the exponent field is clamped there), from 2^128 on it is inf.
+FOVEA_INLINE f32 times_exp2_floor(f32 x, f32 t) {
+  const __m256 clamped = _mm256_min_ps(_mm256_set1_ps(128.f), _mm256_max_ps(_mm256_set1_ps(-127.f), t));
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(clamped)), _mm256_set1_epi32(127));
+  const __m256 scaled = _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  const __m256 underflow = _mm256_cmp_ps(t, _mm256_set1_ps(-126.f), _CMP_LT_OQ);
+  return _mm256_andnot_ps(underflow, scaled);
+}
+
+FOVEA_INLINE f32 reciprocal(f32 x) { return _mm256_div_ps(_mm256_set1_ps(1.f), x); }
+
+// Four lane sums at once, 7 shuffles.
+FOVEA_INLINE void reduce_add4(f32 a, f32 b, f32 c, f32 d, float* to) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  const __m256 halves = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
+
+FOVEA_INLINE void transpose(f32 (&rows)[kLanes]) {
+  __m256 pairs[8], quads[8];
+  FOVEA_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  FOVEA_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    quads[i + 0] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+  FOVEA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
+
+}  // namespace FOVEA_ARCH
+}  // namespace v0
+}  // namespace fovea

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels need beyond xsimd, in portable form: SSE2, NEON and anything else xsimd knows. The other files of this
+// folder give the same names with the intrinsics of one instruction set; simd.hpp includes exactly one.
+#pragma once
+#include "../vectors.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+FOVEA_INLINE f32 fma(f32 a, f32 b, f32 c) { return xsimd::fma(a, b, c); }
+FOVEA_INLINE f32 fma_from_memory(const float* a, f32 b, f32 c) { return fma(f32(*a), b, c); }
+
+FOVEA_INLINE f32 load_some(const float* from, index_t count) {
+  alignas(f32) float lanes[kLanes] = {};
+  for (index_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return f32::load_aligned(lanes);
+}
+FOVEA_INLINE void store_some(float* to, f32 v, index_t count) {
+  alignas(f32) float lanes[kLanes];
+  v.store_aligned(lanes);
+  for (index_t i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+FOVEA_INLINE std::int32_t first_lane(i32 v) {
+  alignas(i32) std::int32_t lanes[kLanes];
+  v.store_aligned(lanes);
+  return lanes[0];
+}
+
+// The lanes i < count whose byte from[i * stride] is not 0.
+FOVEA_INLINE keep_t nonzero_bytes(const std::uint8_t* from, index_t stride, index_t count) {
+  alignas(f32) float lanes[kLanes] = {};
+  for (index_t i = 0; i < kLanes && i < count; ++i) lanes[i] = from[i * stride] != 0 ? 1.f : 0.f;
+  return f32::load_aligned(lanes) != f32(0.f);
+}
+
+FOVEA_INLINE float reduce_max(f32 v) {
+  alignas(f32) float lanes[kLanes];
+  v.store_aligned(lanes);
+  float m = lanes[0];
+  for (index_t i = 1; i < kLanes; ++i) m = lanes[i] > m ? lanes[i] : m;
+  return m;
+}
+
+// t - floor(t) and x * 2^floor(t), the two halves of exp2. Below 2^-126 the result is flushed to 0, from 2^128 on it is inf.
+FOVEA_INLINE f32 above_floor(f32 t) { return t - xsimd::floor(t); }
+FOVEA_INLINE f32 times_exp2_floor(f32 x, f32 t) {
+  const f32 low = xsimd::select(t < f32(-127.f), f32(-127.f), t);
+  const i32 exponent = xsimd::to_int(xsimd::floor(xsimd::select(low < f32(128.f), low, f32(128.f)))) + i32(127);
+  const f32 scaled = x * xsimd::bitwise_cast<f32>(exponent << 23);
+  return xsimd::select(t < f32(-126.f), f32(0.f), scaled);
+}
+
+FOVEA_INLINE f32 reciprocal(f32 x) { return f32(1.f) / x; }
+
+// to[0..3] = the lane sums of a, b, c, d; each sum is made in the same order whatever the other three hold.
+FOVEA_INLINE void reduce_add4(f32 a, f32 b, f32 c, f32 d, float* to) {
+  to[0] = reduce_add(a);
+  to[1] = reduce_add(b);
+  to[2] = reduce_add(c);
+  to[3] = reduce_add(d);
+}
+
+FOVEA_INLINE void transpose(f32 (&rows)[kLanes]) {
+  alignas(f32) float cells[kLanes * kLanes];
+  for (index_t r = 0; r < kLanes; ++r) rows[r].store_aligned(cells + r * kLanes);
+  for (index_t r = 0; r < kLanes; ++r) {
+    alignas(f32) float column[kLanes];
+    for (index_t c = 0; c < kLanes; ++c) column[c] = cells[c * kLanes + r];
+    rows[r] = f32::load_aligned(column);
+  }
+}
+
+}  // namespace FOVEA_ARCH
+}  // namespace v0
+}  // namespace fovea

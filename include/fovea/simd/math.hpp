@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// Elementary functions on vectors. Lanes and tails run the same code, so a value does not depend on where it stands.
+// Errors are the largest found over every float of the range (tests/simd/math_test.cpp), in units in the last place (ULP).
+#pragma once
+#include "simd.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+inline constexpr float kLog2e = 1.44269504088896340736f;
+inline constexpr float kLn2 = 0.693147180559945309417f;
+
+// 2^t, at most 2 ULP for t in [-126, 128). exp2(-inf) = 0, NaN stays NaN. Degree 5 on [0, 1): relative error 8.5e-8
+// before rounding.
+FOVEA_INLINE f32 exp2(f32 t) {
+  const f32 x = above_floor(t);
+  f32 p = fma(x, f32(1.86810153536498546600341796875e-3f), f32(9.01452265679836273193359375e-3f));
+  p = fma(x, p, f32(5.5802188813686370849609375e-2f));
+  p = fma(x, p, f32(0.24016360938549041748046875f));
+  p = fma(x, p, f32(0.693151414394378662109375f));
+  p = fma(x, p, f32(1.f));
+  return times_exp2_floor(p, t);
+}
+
+FOVEA_INLINE float exp2(float t) { return exp2(f32(t)).get(0); }
+
+// tanh(x). |x| < 0.625: odd polynomial, relative error 4.4e-9 before rounding. Beyond: 1 - 2 / (1 + e^2|x|). A vector whose lanes
+// are all small skips the second form; the select keeps every lane's value independent of its neighbours.
+FOVEA_INLINE f32 tanh(f32 x) {
+  const f32 magnitude = xsimd::abs(x), square = x * x;
+  f32 p = fma(square, f32(-0.005704984998f), f32(0.02063908614f));
+  p = fma(square, p, f32(-0.05373971536f));
+  p = fma(square, p, f32(0.1333144158f));
+  p = fma(square, p, f32(-0.3333328068f));
+  const f32 small = fma(x * square, p, x);
+  const keep_t is_small = magnitude < f32(0.625f);
+  if (xsimd::all(is_small)) return small;
+  const f32 capped = xsimd::select(magnitude > f32(10.f), f32(10.f), magnitude);   // tanh(10) rounds to 1
+  const f32 large = fma(f32(-2.f), reciprocal(f32(1.f) + exp2(capped * f32(2.f * kLog2e))), f32(1.f));
+  return select(is_small, small, xsimd::select(x < f32(0.f), -large, large));
+}
+
+}  // namespace FOVEA_ARCH
+}  // namespace v0
+}  // namespace fovea

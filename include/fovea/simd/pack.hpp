@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stored rows -> the order the prefill kernels read. A Codec turns stored values into a vector: load(row, d) and
+// load_some(row, d, count), see engine/policies.hpp.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "register_budget.hpp"
+#include "simd.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+// to[d * kPanel + column] = row `column` of the segment, for the columns [first, first + count) of a key tile; panels of
+// kPanel columns follow each other every dim * kPanel floats. Columns that are not written keep what they hold.
+template <class Codec>
+void pack_keys(const Codec& codec, const std::byte* rows, index_t row_stride, index_t count, index_t dim, index_t first,
+               float* to) {   // [panel, dim, kPanel]
+  index_t column = first;
+  while (column < first + count) {
+    const index_t lane = column % kLanes;
+    const index_t here = std::min(kLanes - lane, first + count - column);
+    const std::byte* const block = rows + (column - first) * row_stride;
+    float* const panel = to + column / kPanel * dim * kPanel + column % kPanel;
+    for (index_t d = 0; d < dim; d += kLanes) {
+      const index_t width = std::min(kLanes, dim - d);
+      f32 cells[kLanes];
+      FOVEA_UNROLL
+      for (index_t r = 0; r < kLanes; ++r) {
+        const std::byte* const row = block + std::min(r, here - 1) * row_stride;
+        cells[r] = width == kLanes ? codec.load(row, d) : codec.load_some(row, d, width);
+      }
+      transpose(cells);
+      if (here == kLanes) {
+        FOVEA_UNROLL
+        for (index_t c = 0; c < kLanes; ++c) {
+          if (c < width) store(panel + (d + c) * kPanel, cells[c]);
+        }
+      } else {
+        FOVEA_UNROLL
+        for (index_t c = 0; c < kLanes; ++c) {
+          if (c < width) store_some(panel + (d + c) * kPanel, cells[c], here);
+        }
+      }
+    }
+    column += here;
+  }
+}
+
+// to[panel][j][n] = value panel * kPanel + n of row j, zero beyond dim; panels follow each other every panel_stride floats.
+// Returns whether every value is finite: a weight of 0 times NaN or Inf would be NaN, so the engine must know.
+template <class Codec>
+bool pack_values(const Codec& codec, const std::byte* rows, index_t row_stride, index_t count, index_t dim, float* to,
+                 index_t panel_stride) {
+  f32 taint(0.f);
+  for (index_t first = 0; first < dim; first += kPanel, to += panel_stride) {
+    const std::byte* row = rows;
+    float* at = to;
+    if (first + kPanel <= dim) {
+      for (index_t j = 0; j < count; ++j, row += row_stride, at += kPanel) {
+        FOVEA_UNROLL
+        for (index_t n = 0; n < kPanelVectors; ++n) {
+          const f32 v = codec.load(row, first + n * kLanes);
+          taint = fma(v, f32(0.f), taint);
+          store(at + n * kLanes, v);
+        }
+      }
+    } else {
+      for (index_t j = 0; j < count; ++j, row += row_stride, at += kPanel) {
+        FOVEA_UNROLL
+        for (index_t n = 0; n < kPanelVectors; ++n) {
+          const index_t d = first + n * kLanes, width = std::min(kLanes, std::max<index_t>(dim - d, 0));
+          const f32 v = width > 0 ? codec.load_some(row, d, width) : f32(0.f);
+          taint = fma(v, f32(0.f), taint);
+          store(at + n * kLanes, v);
+        }
+      }
+    }
+  }
+  return reduce_add(taint) == 0.f;
+}
+
+template <class Codec>
+bool all_finite(const Codec& codec, const std::byte* rows, index_t row_stride, index_t count, index_t dim) {
+  f32 taint(0.f);
+  for (index_t j = 0; j < count; ++j, rows += row_stride) {
+    for (index_t d = 0; d < dim; d += kLanes) {
+      const f32 v = d + kLanes <= dim ? codec.load(rows, d) : codec.load_some(rows, d, dim - d);
+      taint = fma(v, f32(0.f), taint);
+    }
+  }
+  return reduce_add(taint) == 0.f;
+}
+
+// Query rows -> [dim, kTileRows] times scale; rows beyond `count` are zero. Any element stride (in floats).
+FOVEA_INLINE void pack_queries(const float* const* rows, index_t count, index_t element_stride, index_t dim, float scale,
+                               float* to) {
+  if (element_stride == 1) {
+    for (index_t first = 0; first < kTileRows; first += kLanes) {
+      for (index_t d = 0; d < dim; d += kLanes) {
+        const index_t width = std::min(kLanes, dim - d);
+        f32 cells[kLanes];
+        for (index_t r = 0; r < kLanes; ++r) {
+          const bool live = first + r < count;
+          cells[r] = !live ? f32(0.f) : (width == kLanes ? load(rows[first + r] + d) : load_some(rows[first + r] + d, width)) * f32(scale);
+        }
+        transpose(cells);
+        const index_t lanes = std::min(kLanes, kTileRows - first);
+        for (index_t c = 0; c < width; ++c) store_some(to + (d + c) * kTileRows + first, cells[c], lanes);
+      }
+    }
+    return;
+  }
+  for (index_t d = 0; d < dim; ++d) {
+    for (index_t r = 0; r < kTileRows; ++r) to[d * kTileRows + r] = r < count ? rows[r][d * element_stride] * scale : 0.f;
+  }
+}
+
+}  // namespace FOVEA_ARCH
+}  // namespace v0
+}  // namespace fovea
