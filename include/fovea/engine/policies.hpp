@@ -32,6 +32,7 @@ struct KvKernels {
                  float* s);
   void (*weigh)(index_t rows, const float* p, const std::byte* values, index_t stride, index_t count, index_t dim,
                 const float* rescale, float* acc, index_t acc_stride);
+  index_t key_bytes, value_bytes;   // of one stored number
   bool (*finite)(const std::byte* values, index_t stride, index_t count, index_t dim);
 };
 

@@ -175,8 +175,21 @@ class TileRun {
           loaded = true;
         }
         visit(g, tile, begin, cover);
+        if (packed()) prefetch_share(g, begin + size);
       }
     }
+  }
+
+  // While the groups of one tile are computed, the next tile's rows come up from L3 or DRAM into L2, each group fetching its share:
+  // packing them cold took 6 % of a prefill at dim 128.
+  void prefetch_share(index_t g, index_t begin) {
+    const index_t end = std::min(begin + plan_.key_tile_size, reach_.end);
+    const index_t first = std::max(begin, reach_.begin), share = (end - first + groups() - 1) / groups();
+    const Tile tile{rows_of(g), first + g * share, std::min(first + (g + 1) * share, end)};
+    if (tile.k_begin >= tile.k_end) return;
+    const Where where = spec_.source.where(tile);
+    for (const Segment& segment : where.k) prefetch_rows(segment, dim_qk() * spec_.source.kernels.key_bytes);
+    for (const Segment& segment : where.v) prefetch_rows(segment, dim_v() * spec_.source.kernels.value_bytes);
   }
 
   // K transposed into panels, V copied into panels: 1 % of the arithmetic it serves at 400 rows a block.

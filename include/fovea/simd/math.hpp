@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Elementary functions on vectors. Lanes and tails run the same code, so a value does not depend on where it stands.
-// Errors are the largest found over every float of the range (tests/simd/math_test.cpp), in units in the last place (ULP).
+// Errors are in units in the last place (ULP), bounds are those of tests/simd/math_test.cpp.
 #pragma once
 #include "simd.hpp"
 
@@ -11,8 +11,8 @@ inline namespace FOVEA_ARCH {
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.693147180559945309417f;
 
-// 2^t, at most 2 ULP for t in [-126, 128). exp2(-inf) = 0, NaN stays NaN. Degree 5 on [0, 1): relative error 8.5e-8
-// before rounding.
+// 2^t, at most 3 ULP for t in [-126, 128) (2.7 found). exp2(-inf) = 0, NaN stays NaN. Degree 5 on [0, 1), constant term 1: relative
+// error 8.5e-8 before rounding; a sixth degree would halve the error and cost 4 % of a softmax.
 FOVEA_INLINE f32 exp2(f32 t) {
   const f32 x = above_floor(t);
   f32 p = fma(x, f32(1.86810153536498546600341796875e-3f), f32(9.01452265679836273193359375e-3f));
@@ -23,7 +23,7 @@ FOVEA_INLINE f32 exp2(f32 t) {
   return times_exp2_floor(p, t);
 }
 
-FOVEA_INLINE float exp2(float t) { return exp2(f32(t)).get(0); }
+FOVEA_INLINE float exp2(float t) { return first_lane(exp2(f32(t))); }
 
 // tanh(x). |x| < 0.625: odd polynomial, relative error 4.4e-9 before rounding. Beyond: 1 - 2 / (1 + e^2|x|). A vector whose lanes
 // are all small skips the second form; the select keeps every lane's value independent of its neighbours.

@@ -32,12 +32,14 @@ struct Softmax {
     float* const s = scores.data();
     const index_t count = static_cast<index_t>(scores.size());
     f32 top(-std::numeric_limits<float>::infinity());
+    FOVEA_UNROLL_4
     for (index_t j = 0; j < count; j += kLanes) top = xsimd::max(top, load(s + j));
     const float tile_top = reduce_max(top) * kLog2e;
     const float reference = tile_top > state.reference ? tile_top : state.reference;
     // Nothing visible yet: any finite reference gives weights 0, and lets a NaN through.
     const f32 minus_reference(std::isinf(reference) && reference < 0.f ? 0.f : -reference);
     f32 sum(0.f);
+    FOVEA_UNROLL_4
     for (index_t j = 0; j < count; j += kLanes) {
       const f32 weight = exp2(fma(load(s + j), f32(kLog2e), minus_reference));
       store(s + j, weight);

@@ -24,6 +24,7 @@ FOVEA_INLINE __mmask16 first_lanes(index_t count) { return static_cast<__mmask16
 FOVEA_INLINE f32 load_some(const float* from, index_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), from); }
 FOVEA_INLINE void store_some(float* to, f32 v, index_t count) { _mm512_mask_storeu_ps(to, first_lanes(count), v); }
 
+FOVEA_INLINE float first_lane(f32 v) { return _mm512_cvtss_f32(v); }
 FOVEA_INLINE std::int32_t first_lane(i32 v) { return _mm_cvtsi128_si32(_mm512_castsi512_si128(v)); }
 
 // The lanes i < count whose byte from[i * stride] is not 0.

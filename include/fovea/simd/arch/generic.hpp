@@ -22,6 +22,7 @@ FOVEA_INLINE void store_some(float* to, f32 v, index_t count) {
   for (index_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
+FOVEA_INLINE float first_lane(f32 v) { return v.get(0); }
 FOVEA_INLINE std::int32_t first_lane(i32 v) {
   alignas(i32) std::int32_t lanes[kLanes];
   v.store_aligned(lanes);
