@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "../one_call.hpp"
+
+int main() { return one_call("plain -I"); }
