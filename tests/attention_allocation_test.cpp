@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// No heap inside kernels: every operator new of the program is counted, and a warm call makes none.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "support/dense.hpp"
+#include "support/problem.hpp"
+
+namespace {
+std::atomic<long> allocations{0};
+
+void* counted(std::size_t bytes, std::size_t alignment) {
+  ++allocations;
+  void* at = nullptr;
+  if (alignment <= alignof(std::max_align_t)) {
+    at = std::malloc(bytes == 0 ? 1 : bytes);
+  } else if (posix_memalign(&at, alignment, bytes == 0 ? alignment : bytes) != 0) {
+    at = nullptr;
+  }
+  return at;
+}
+void* counted_or_abort(std::size_t bytes, std::size_t alignment) {
+  void* const at = counted(bytes, alignment);
+  if (at == nullptr) std::abort();
+  return at;
+}
+}  // namespace
+
+void* operator new(std::size_t bytes) { return counted_or_abort(bytes, 1); }
+void* operator new[](std::size_t bytes) { return counted_or_abort(bytes, 1); }
+void* operator new(std::size_t bytes, std::align_val_t a) { return counted_or_abort(bytes, static_cast<std::size_t>(a)); }
+void* operator new[](std::size_t bytes, std::align_val_t a) { return counted_or_abort(bytes, static_cast<std::size_t>(a)); }
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 1); }
+void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 1); }
+void operator delete(void* at) noexcept { std::free(at); }
+void operator delete[](void* at) noexcept { std::free(at); }
+void operator delete(void* at, std::size_t) noexcept { std::free(at); }
+void operator delete[](void* at, std::size_t) noexcept { std::free(at); }
+void operator delete(void* at, std::align_val_t) noexcept { std::free(at); }
+void operator delete[](void* at, std::align_val_t) noexcept { std::free(at); }
+void operator delete(void* at, std::size_t, std::align_val_t) noexcept { std::free(at); }
+void operator delete[](void* at, std::size_t, std::align_val_t) noexcept { std::free(at); }
+void operator delete(void* at, const std::nothrow_t&) noexcept { std::free(at); }
+void operator delete[](void* at, const std::nothrow_t&) noexcept { std::free(at); }
+
+namespace {
+
+using namespace test;
+
+template <class F>
+long allocations_of(F&& f) {
+  const long before = allocations;
+  f();
+  return allocations - before;
+}
+
+}  // namespace
+
+TEST_CASE("the counter counts", "[allocation]") {
+  CHECK(allocations_of([] { std::vector<int> some(100); }) == 1);
+}
+
+TEST_CASE("a warm call allocates nothing, whatever the options", "[allocation]") {
+  for (const Regime regime : {Regime::automatic, Regime::prefill, Regime::decode}) {
+    for (const bool everything : {false, true}) {
+      Problem p;
+      p.regime = regime;
+      p.q_heads = 4, p.kv_heads = 2, p.dim_qk = 24, p.dim_v = 40, p.len_q = {30, 30}, p.stored_k = {700, 700};
+      if (everything) {
+        p.len_k = {650, 3}, p.causal = Causal::bottom_right, p.window = {500, -1}, p.softcap = 5, p.q_offset = {600, 2};
+        p.alibi = p.sink = true, p.bias = Share::all, p.keep = Share::heads, p.layout = Layout::padded;
+      }
+      const Instance x(p);
+      Output output(x, true);
+      InOrder pool;
+      AttentionOptions options = x.options();
+      options.lse = output.lse;
+      options.executor = {pool, 3};
+      fovea::Status status;
+      const auto call = [&] { status = fovea::attention(x.q, x.k, x.v, output.out, options); };
+      call();
+      REQUIRE(status.ok());
+      INFO(describe(p));
+      CHECK(allocations_of(call) == 0);
+      REQUIRE(status.ok());
+    }
+  }
+}
+
+TEST_CASE("a warm ragged call allocates nothing", "[allocation]") {
+  Problem p;
+  p.is_ragged = true, p.q_heads = 4, p.kv_heads = 2, p.len_q = {1, 20, 0, 70}, p.stored_k = {700, 20, 9, 70};
+  const Instance x(p);
+  Output output(x, true);
+  AttentionOptions options = x.options();
+  options.lse = output.lse;
+  fovea::Status status;
+  const auto call = [&] { status = fovea::attention(x.q, x.k, x.v, output.out, options); };
+  call();
+  CHECK(allocations_of(call) == 0);
+  CHECK(status.ok());
+}
+
+TEST_CASE("a smaller call after a larger one allocates nothing", "[allocation]") {
+  const Dense large(131, 1, 4, 2, 40, 700, 64, 64), small(132, 2, 2, 1, 3, 90, 16, 16);
+  Result r = attend(large), s = attend(small);
+  fovea::Status status;
+  CHECK(allocations_of([&] {
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      status = fovea::attention(small.q.view(), small.k.view(), small.v.view(), s.out.view());
+      if (!status.ok()) break;
+      status = fovea::attention(large.q.view(), large.k.view(), large.v.view(), r.out.view());
+      if (!status.ok()) break;
+    }
+  }) == 0);
+  CHECK(status.ok());
+}
+
+TEST_CASE("a plan with the caller's workspace allocates nothing, not even the first time", "[allocation]") {
+  const Dense x(133, 1, 8, 2, 5, 1200, 48, 48);
+  for (const Regime regime : kBothRegimes) {
+    AttentionOptions options;
+    options.regime = regime;
+    Result r = unwritten(x.q.view(), x.v.view());
+    options.lse = r.lse_view();
+    const fovea::AttentionShape shape{1, 8, 2, 5, 1200, 48, 48};
+    fovea::Plan plan;
+    REQUIRE(fovea::make_plan(plan, shape, options).ok());
+    std::vector<std::byte> bytes(fovea::workspace_bytes(plan, 2));
+    options.workspace = bytes;
+    InOrder pool;
+    options.executor = {pool, 2};
+    fovea::Status status;
+    CHECK(allocations_of([&] { status = fovea::attention(plan, x.q.view(), x.k.view(), x.v.view(), r.out.view(), options); }) == 0);
+    CHECK(status.ok());
+    CHECK(allocations_of([&] {
+      fovea::AttentionRun run;
+      status = fovea::prepare(run, plan, x.q.view(), x.k.view(), x.v.view(), r.out.view(), options);
+      if (!status.ok()) return;
+      fovea::run_lane(run, 1);
+      fovea::run_lane(run, 0);
+    }) == 0);
+    CHECK(status.ok());
+    // The same plan object again: its memory is kept.
+    CHECK(allocations_of([&] { status = fovea::make_plan(plan, shape, options); }) == 0);
+    CHECK(status.ok());
+    CHECK(allocations_of([&] { status = fovea::make_plan(plan, {1, 8, 2, 1, 1000, 48, 48}, options); }) == 0);
+    CHECK(status.ok());
+  }
+}
+
+TEST_CASE("supports, merge and every refusal allocate nothing", "[allocation]") {
+  const Dense x(134, 1, 2, 1, 5, 50, 16, 16);
+  Result a = attend(x), b = attend(x);
+  fovea::Status status;
+  CHECK(allocations_of([&] { status = fovea::supports({1, 2, 1, 5, 50, 16, 16}); }) == 0);
+  CHECK(status.ok());
+  CHECK(allocations_of([&] { status = fovea::merge(a.out.view(), a.lse_view(), b.out.view(), b.lse_view()); }) == 0);
+  CHECK(status.ok());
+  CHECK(allocations_of([&] { status = fovea::supports({1, 6, 4, 5, 50, 16, 16}); }) == 0);
+  CHECK_FALSE(status.ok());
+  Tensor<const float> null = x.k.view();
+  null.data = nullptr;
+  CHECK(allocations_of([&] { status = fovea::attention(x.q.view(), null, x.v.view(), a.out.view()); }) == 0);
+  CHECK_FALSE(status.ok());
+}

@@ -1,0 +1,600 @@
+// SPDX-License-Identifier: Apache-2.0
+// The engine of examples/generate: against an independent double forward pass on a small random model, against PyTorch's
+// logits on the trained one, and files that lie.
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <fovea/adapters/std_threads.hpp>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "catch_compat.hpp"
+#include "generate/engine.hpp"
+#include "generate/sampler.hpp"
+#include "generate/tokenizer.hpp"
+
+using generate::Index;
+using generate::Json;
+using generate::Token;
+using Bytes = std::vector<std::byte>;
+
+namespace {
+
+const std::filesystem::path model_directory = std::filesystem::path(FOVEA_SOURCE_DIR) / "examples/models/kjv-tiny";
+
+Bytes bytes_of(const std::string& text) {
+  const auto* const data = reinterpret_cast<const std::byte*>(text.data());
+  return Bytes(data, data + text.size());
+}
+
+// A safetensors file from a header and data, with a length that need not be the header's.
+Bytes file_of(const std::string& header, const Bytes& data, std::uint64_t claimed_length) {
+  Bytes file(sizeof claimed_length);
+  std::memcpy(file.data(), &claimed_length, sizeof claimed_length);
+  const Bytes text = bytes_of(header);
+  file.insert(file.end(), text.begin(), text.end());
+  file.insert(file.end(), data.begin(), data.end());
+  return file;
+}
+Bytes file_of(const Json& header, const Bytes& data) {
+  const std::string text = header.dump();
+  return file_of(text, data, text.size());
+}
+
+// A model small enough to be written down as loops: 2 layers, 4 query heads on 2 kv heads, head_dim 6, context 24.
+struct SmallModel {
+  Json config = {
+      {"hidden_size", 12},    {"num_hidden_layers", 2},  {"num_attention_heads", 4},   {"num_key_value_heads", 2},
+      {"head_dim", 6},        {"intermediate_size", 20}, {"vocab_size", 260},          {"max_position_embeddings", 24},
+      {"rms_norm_eps", 1e-5}, {"rope_theta", 1000.0},    {"tie_word_embeddings", true}};
+  Json header;
+  Bytes data;
+  std::map<std::string, std::vector<float>> values;   // what a reader should see, bf16 already widened
+
+  explicit SmallModel(unsigned seed = 1) : bits_(seed) {
+    add("model.embed_tokens.weight", {260, 12}, "BF16", 1.f);
+    for (int n = 0; n < 2; ++n) {
+      const std::string layer = "model.layers." + std::to_string(n) + ".";
+      add(layer + "input_layernorm.weight", {12}, "F32", 1.f);
+      add(layer + "self_attn.q_proj.weight", {24, 12}, "BF16", 0.5f);
+      add(layer + "self_attn.k_proj.weight", {12, 12}, "BF16", 0.5f);
+      add(layer + "self_attn.v_proj.weight", {12, 12}, "F32", 0.5f);
+      add(layer + "self_attn.o_proj.weight", {12, 24}, "BF16", 0.5f);
+      add(layer + "post_attention_layernorm.weight", {12}, "BF16", 1.f);
+      add(layer + "mlp.gate_proj.weight", {20, 12}, "BF16", 0.5f);
+      add(layer + "mlp.up_proj.weight", {20, 12}, "BF16", 0.5f);
+      add(layer + "mlp.down_proj.weight", {12, 20}, "BF16", 0.5f);
+    }
+    add("model.norm.weight", {12}, "BF16", 1.f);
+  }
+
+  Bytes file() const { return file_of(header, data); }
+
+ private:
+  void add(const std::string& name, const std::vector<std::uint64_t>& shape, const std::string& dtype, float size) {
+    std::uint64_t count = 1;
+    for (const std::uint64_t extent : shape) count *= extent;
+    const std::size_t begin = data.size();
+    for (std::uint64_t i = 0; i < count; ++i) {
+      float value = size * (static_cast<float>(bits_()) * 0x1p-31f - 1.f);
+      const std::uint32_t pattern = std::bit_cast<std::uint32_t>(value);
+      const std::size_t bytes = dtype == "F32" ? 4 : 2, skipped = 4 - bytes;
+      if (bytes == 2) value = std::bit_cast<float>(pattern & 0xffff0000u);
+      const auto* const raw = reinterpret_cast<const std::byte*>(&pattern);
+      data.insert(data.end(), raw + skipped, raw + 4);
+      values[name].push_back(value);
+    }
+    header[name] = {{"dtype", dtype}, {"shape", shape}, {"data_offsets", {begin, data.size()}}};
+  }
+
+  std::mt19937 bits_;
+};
+
+generate::Result<generate::Model> load(const Bytes& config, const Bytes& file) {
+  auto parsed_config = generate::parse_config(config);
+  if (!parsed_config) return generate::Result<generate::Model>::failure(parsed_config.error);
+  auto parsed = generate::parse_safetensors(file);
+  if (!parsed) return generate::Result<generate::Model>::failure(parsed.error);
+  return generate::build_model(*parsed_config, *parsed);
+}
+
+// The Llama forward pass as plain loops in double over all tokens at once; logits after the last one.
+std::vector<double> naive_logits(const SmallModel& small, const std::vector<Token>& tokens) {
+  using Row = std::vector<double>;
+  const auto number = [&](const char* name) { return small.config[name].get<std::size_t>(); };
+  const std::size_t hidden = number("hidden_size"), heads = number("num_attention_heads"), dim = number("head_dim");
+  const std::size_t group = heads / number("num_key_value_heads");
+  const auto times = [&](const std::string& name, const Row& x) {
+    const std::vector<float>& weight = small.values.at(name);
+    Row y(weight.size() / x.size());
+    for (std::size_t r = 0; r < y.size(); ++r) {
+      for (std::size_t c = 0; c < x.size(); ++c) y[r] += double{weight[r * x.size() + c]} * x[c];
+    }
+    return y;
+  };
+  const auto norm = [&](const std::string& name, const Row& x) {
+    double squares = 0;
+    for (const double value : x) squares += value * value;
+    const double scale = 1 / std::sqrt(squares / static_cast<double>(x.size()) + small.config["rms_norm_eps"].get<double>());
+    Row y(x);
+    for (std::size_t i = 0; i < y.size(); ++i) y[i] *= scale * double{small.values.at(name)[i]};
+    return y;
+  };
+  const auto rotated = [&](Row x, std::size_t position) {
+    for (std::size_t head = 0; head < x.size(); head += dim) {
+      for (std::size_t i = 0; i < dim / 2; ++i) {
+        const double angle =
+            static_cast<double>(position) *
+            std::pow(small.config["rope_theta"].get<double>(), -2. * static_cast<double>(i) / static_cast<double>(dim));
+        const double a = x[head + i], b = x[head + i + dim / 2];
+        x[head + i] = a * std::cos(angle) - b * std::sin(angle);
+        x[head + i + dim / 2] = a * std::sin(angle) + b * std::cos(angle);
+      }
+    }
+    return x;
+  };
+
+  std::vector<Row> x;
+  for (const Token token : tokens) {
+    const float* const row = small.values.at("model.embed_tokens.weight").data() + static_cast<std::size_t>(token) * hidden;
+    x.emplace_back(row, row + hidden);
+  }
+  for (std::size_t n = 0; n < number("num_hidden_layers"); ++n) {
+    const std::string layer = "model.layers." + std::to_string(n) + ".";
+    std::vector<Row> k, v;
+    for (std::size_t t = 0; t < x.size(); ++t) {
+      const Row normed = norm(layer + "input_layernorm.weight", x[t]);
+      const Row q = rotated(times(layer + "self_attn.q_proj.weight", normed), t);
+      k.push_back(rotated(times(layer + "self_attn.k_proj.weight", normed), t));
+      v.push_back(times(layer + "self_attn.v_proj.weight", normed));
+      Row mixed(heads * dim);
+      for (std::size_t head = 0; head < heads; ++head) {
+        const std::size_t kv = head / group * dim;
+        Row weights(t + 1);
+        double sum = 0;
+        for (std::size_t s = 0; s <= t; ++s) {
+          double score = 0;
+          for (std::size_t d = 0; d < dim; ++d) score += q[head * dim + d] * k[s][kv + d];
+          sum += weights[s] = std::exp(score / std::sqrt(static_cast<double>(dim)));
+        }
+        for (std::size_t s = 0; s <= t; ++s) {
+          for (std::size_t d = 0; d < dim; ++d) mixed[head * dim + d] += weights[s] / sum * v[s][kv + d];
+        }
+      }
+      const Row projected = times(layer + "self_attn.o_proj.weight", mixed);
+      for (std::size_t i = 0; i < hidden; ++i) x[t][i] += projected[i];
+      const Row normed_again = norm(layer + "post_attention_layernorm.weight", x[t]);
+      Row gate = times(layer + "mlp.gate_proj.weight", normed_again);
+      const Row up = times(layer + "mlp.up_proj.weight", normed_again);
+      for (std::size_t i = 0; i < gate.size(); ++i) gate[i] *= up[i] / (1 + std::exp(-gate[i]));
+      const Row down = times(layer + "mlp.down_proj.weight", gate);
+      for (std::size_t i = 0; i < hidden; ++i) x[t][i] += down[i];
+    }
+  }
+  return times("model.embed_tokens.weight", norm("model.norm.weight", x.back()));
+}
+
+double largest_difference(std::span<const float> logits, const std::vector<double>& expected) {
+  if (logits.size() != expected.size()) return std::numeric_limits<double>::infinity();
+  double largest = 0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    const double difference = std::abs(double{logits[i]} - expected[i]);
+    if (!(difference <= largest)) largest = difference;
+  }
+  return largest;
+}
+
+std::vector<Token> greedy(generate::Engine& engine, const std::vector<Token>& prompt, std::size_t count) {
+  generate::Sampler sampler({.temperature = 0.f});
+  std::vector<Token> written;
+  auto logits = engine.forward(prompt);
+  while (logits && written.size() < count) {
+    written.push_back(sampler.next(*logits));
+    if (written.size() < count) logits = engine.forward(std::span(&written.back(), 1));
+  }
+  return written;
+}
+
+Json tokenizer_json() {
+  Json json;
+  json["pieces"] = Json::array();
+  for (int byte = 0; byte < 256; ++byte) json["pieces"].push_back({byte});
+  json["merges"] = {{'h', 'e'}, {' ', 't'}, {257, 256}, {'a', 'a'}};   // he, " t", " the", aa
+  json["pieces"].push_back({'h', 'e'});
+  json["pieces"].push_back({' ', 't'});
+  json["pieces"].push_back({' ', 't', 'h', 'e'});
+  json["pieces"].push_back({'a', 'a'});
+  json["vocab_size"] = 260;
+  return json;
+}
+
+}   // namespace
+
+TEST_CASE("the engine computes what plain loops in double compute, in one piece, in pieces, token by token", "[generate]") {
+  const SmallModel small;
+  auto model = load(bytes_of(small.config.dump()), small.file());
+  INFO(model.error);
+  REQUIRE(model);
+  CHECK(model->parameters() == 260 * 12 + 2 * (12 + 48 * 12 + 12 * 24 + 12 + 40 * 12 + 12 * 20) + 12);
+  std::vector<Token> tokens;
+  for (int i = 0; i < 24; ++i) tokens.push_back((i * 71 + 13) % 260);
+
+  fovea::StdThreads pool(2);
+  for (const fovea::Executor& executor : {fovea::Executor(), fovea::Executor(pool, 2)}) {
+    for (const std::size_t piece : {std::size_t{24}, std::size_t{7}, std::size_t{1}}) {
+      generate::Engine engine(*model, generate::fovea_attention(), executor);
+      for (std::size_t begin = 0; begin < tokens.size(); begin += piece) {
+        const std::size_t end = std::min(tokens.size(), begin + piece);
+        auto logits = engine.forward(std::span(tokens).subspan(begin, end - begin));
+        INFO(logits.error);
+        REQUIRE(logits);
+        // Sums of at most 24 terms of size 1 over two layers: fp32 leaves errors near 1e-6, a wrong angle or head near 1e-1.
+        CAPTURE(piece, end);
+        CHECK(largest_difference(
+                  *logits,
+                  naive_logits(
+                      small, std::vector<Token>(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(end)))) < 2e-5);
+      }
+    }
+  }
+}
+
+TEST_CASE("the engine's bits do not depend on the number of threads, and rewinding forgets", "[generate]") {
+  const SmallModel small;
+  auto model = load(bytes_of(small.config.dump()), small.file());
+  REQUIRE(model);
+  const std::vector<Token> tokens{5, 4, 200, 259, 0, 17, 17, 80};
+  generate::Engine one(*model, generate::fovea_attention());
+  auto expected = one.forward(tokens);
+  REQUIRE(expected);
+  const std::vector<float> serial(expected->begin(), expected->end());
+  for (const int threads : {2, 3, 5}) {
+    fovea::StdThreads pool(threads);
+    generate::Engine many(*model, generate::fovea_attention(), fovea::Executor(pool, threads));
+    auto logits = many.forward(tokens);
+    REQUIRE(logits);
+    CHECK(std::memcmp(logits->data(), serial.data(), serial.size() * sizeof(float)) == 0);
+  }
+  REQUIRE(one.forward(std::vector<Token>{1, 2, 3}));
+  one.rewind(0);
+  auto again = one.forward(tokens);
+  REQUIRE(again);
+  CHECK(std::memcmp(again->data(), serial.data(), serial.size() * sizeof(float)) == 0);
+}
+
+TEST_CASE("the engine refuses tokens that do not exist or do not fit", "[generate]") {
+  const SmallModel small;
+  auto model = load(bytes_of(small.config.dump()), small.file());
+  REQUIRE(model);
+  generate::Engine engine(*model, generate::fovea_attention());
+  CHECK_THAT(engine.forward({}).error, Catch::Matchers::ContainsSubstring("no token"));
+  CHECK_THAT(engine.forward(std::vector<Token>{260}).error, Catch::Matchers::ContainsSubstring("260"));
+  CHECK_THAT(engine.forward(std::vector<Token>{-1}).error, Catch::Matchers::ContainsSubstring("-1"));
+  CHECK(engine.forward(std::vector<Token>(24, 1)));
+  CHECK_THAT(engine.forward(std::vector<Token>{1}).error, Catch::Matchers::ContainsSubstring("24 of the 24"));
+}
+
+TEST_CASE("an untied model needs and uses lm_head", "[generate]") {
+  SmallModel small;
+  small.config["tie_word_embeddings"] = false;
+  CHECK_THAT(load(bytes_of(small.config.dump()), small.file()).error, Catch::Matchers::ContainsSubstring("lm_head.weight"));
+  // The embedding again, under the other name: the same logits as the tied model.
+  const auto offsets = small.header["model.embed_tokens.weight"]["data_offsets"];
+  const auto begin = small.data.begin() + offsets[0].get<std::ptrdiff_t>(),
+             end = small.data.begin() + offsets[1].get<std::ptrdiff_t>();
+  const Bytes copy(begin, end);
+  small.header["lm_head.weight"] = {
+      {"dtype", "BF16"}, {"shape", {260, 12}}, {"data_offsets", {small.data.size(), small.data.size() + copy.size()}}};
+  small.data.insert(small.data.end(), copy.begin(), copy.end());
+  auto model = load(bytes_of(small.config.dump()), small.file());
+  INFO(model.error);
+  REQUIRE(model);
+  generate::Engine engine(*model, generate::fovea_attention());
+  auto logits = engine.forward(std::vector<Token>{3, 1, 4});
+  REQUIRE(logits);
+  CHECK(largest_difference(*logits, naive_logits(small, {3, 1, 4})) < 2e-5);
+}
+
+TEST_CASE("safetensors: truncated at every length", "[generate][corrupt]") {
+  const SmallModel small;
+  const Bytes config = bytes_of(small.config.dump()), whole = small.file();
+  REQUIRE(load(config, whole));
+  const std::size_t header_end = whole.size() - small.data.size();
+  int accepted = 0, variants = 0;
+  for (std::size_t length = 0; length < whole.size(); length += length < header_end ? 1 : 997) {
+    auto model = load(config, Bytes(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(length)));
+    accepted += model.value.has_value() || model.error.empty();
+    ++variants;
+  }
+  CHECK(variants > 1000);
+  CHECK(accepted == 0);
+  Bytes longer = whole;
+  longer.push_back(std::byte{0});
+  CHECK_THAT(load(config, longer).error, Catch::Matchers::ContainsSubstring("cover"));
+}
+
+TEST_CASE("safetensors: every bit of the header flipped", "[generate][corrupt]") {
+  const SmallModel small;
+  const Bytes config = bytes_of(small.config.dump());
+  Bytes file = small.file();
+  const std::size_t header_end = file.size() - small.data.size();
+  int accepted = 0, variants = 0;
+  for (std::size_t at = 0; at < header_end; ++at) {
+    // Under sanitizers all eight bits of 1,900 bytes take minutes; each byte gets one of them here, the eight in turn.
+    const std::byte flip{static_cast<unsigned char>(1u << (at % 8))};
+    file[at] ^= flip;
+    auto model = load(config, file);
+    accepted += model.value.has_value() || model.error.empty();
+    file[at] ^= flip;
+    ++variants;
+  }
+  CHECK(variants > 1000);
+  CHECK(accepted == 0);
+  CHECK(load(config, file));
+}
+
+TEST_CASE("safetensors: wild header lengths", "[generate][corrupt]") {
+  const SmallModel small;
+  const std::string header = small.header.dump();
+  for (const std::uint64_t length :
+       {std::uint64_t{0}, std::uint64_t{1}, header.size() - 1, header.size() + 1, header.size() + small.data.size() + 1,
+        std::uint64_t{100'000'001}, std::uint64_t{1} << 31, std::uint64_t{1} << 63, ~std::uint64_t{0},
+        ~std::uint64_t{0} - 7}) {
+    CAPTURE(length);
+    auto parsed = generate::parse_safetensors(file_of(header, small.data, length));
+    CHECK(!parsed);
+    CHECK(!parsed.error.empty());
+  }
+}
+
+TEST_CASE("safetensors: wrong entries are named", "[generate][corrupt]") {
+  const SmallModel small;
+  const Bytes config = bytes_of(small.config.dump());
+  const std::string name = "model.layers.1.mlp.up_proj.weight";
+  const std::uint64_t begin = small.header[name]["data_offsets"][0], end = small.header[name]["data_offsets"][1];
+  const std::uint64_t huge = ~std::uint64_t{0};
+  struct Case {
+    const char* key;
+    Json value;
+    const char* words;
+  };
+  const std::vector<Case> cases{{"dtype", "F16", "neither F32 nor BF16"},
+                                {"dtype", "F32", "bytes"},
+                                {"dtype", "bf16", "unknown dtype"},
+                                {"dtype", 3, "unknown dtype"},
+                                {"dtype", nullptr, "unknown dtype"},
+                                {"shape", {12, 20}, "shape [12,20]"},
+                                {"shape", Json::array({240}), "shape [240]"},
+                                {"shape", {20, 13}, "bytes"},
+                                {"shape", {-20, -12}, "bad shape"},
+                                {"shape", {20.0, 12.0}, "bad shape"},
+                                {"shape", "20x12", "bad shape"},
+                                {"shape", {{20}, 12}, "bad shape"},
+                                {"shape", {huge, huge}, "2^64"},
+                                {"shape", {std::uint64_t{1} << 32, std::uint64_t{1} << 31}, "2^64"},
+                                {"shape", {std::uint64_t{1} << 62, 4, 0}, "2^64"},
+                                {"shape", {20, 12, 1, 1, 1, 1, 1, 1, 1}, "bad shape"},
+                                {"shape", {0, 12}, "bytes"},
+                                {"shape", Json::array(), "bytes"},
+                                {"data_offsets", {begin, end + 2}, "bytes"},
+                                {"data_offsets", {begin + 2, end + 2}, "at byte"},
+                                {"data_offsets", {begin - 2, end - 2}, "at byte"},
+                                {"data_offsets", {0, end - begin}, "overlaps"},
+                                {"data_offsets", {end, begin}, "outside"},
+                                {"data_offsets", {begin, huge}, "outside"},
+                                {"data_offsets", {huge - (end - begin), huge}, "outside"},
+                                {"data_offsets", {-480, 0}, "outside"},
+                                {"data_offsets", {0.5, 480.5}, "outside"},
+                                {"data_offsets", Json::array({begin}), "outside"},
+                                {"data_offsets", {begin, end, end}, "outside"},
+                                {"data_offsets", "0-480", "outside"},
+                                {"data_offsets", {"0", "480"}, "outside"}};
+  for (const Case& wrong : cases) {
+    Json header = small.header;
+    header[name][wrong.key] = wrong.value;
+    CAPTURE(wrong.key, wrong.value.dump());
+    auto model = load(config, file_of(header, small.data));
+    CHECK(!model);
+    CHECK_THAT(model.error, Catch::Matchers::ContainsSubstring(wrong.words));
+  }
+  for (const char* key : {"dtype", "shape", "data_offsets"}) {
+    Json header = small.header;
+    header[name].erase(key);
+    CHECK_THAT(load(config, file_of(header, small.data)).error,
+               Catch::Matchers::ContainsSubstring("needs dtype, shape and data_offsets"));
+  }
+  Json header = small.header;
+  header[name] = {1, 2, 3};
+  CHECK(!load(config, file_of(header, small.data)));
+  header = small.header;
+  header.erase(name);
+  CHECK_THAT(load(config, file_of(header, small.data)).error, Catch::Matchers::ContainsSubstring("hole"));
+}
+
+TEST_CASE("safetensors: a header that is no header", "[generate][corrupt]") {
+  const SmallModel small;
+  const std::string good = small.header.dump();
+  const std::string deep(200'000, '['), deep_objects = [] {
+    std::string text;
+    for (int n = 0; n < 50'000; ++n) text += "{\"a\":";
+    return text;
+  }();
+  std::string twice = good;
+  twice.pop_back();
+  twice += R"(,"model.norm.weight":{"dtype":"BF16","shape":[12],"data_offsets":[0,24]}})";
+  for (const std::string& header :
+       {std::string(), std::string("{"), std::string("[]"), std::string("null"), std::string("\"text\""), std::string("17"),
+        std::string("{\"a\":1}"), std::string("{\"a\":{}}"), std::string("{\"\xff\xfe\":{}}"), std::string(5, '\0'),
+        good + "}", good.substr(0, good.size() - 1), good + '\0', deep, deep_objects, twice, std::string("{\"a\":1e999}"),
+        std::string("{\"a\":18446744073709551616}"), std::string("{}")}) {
+    auto parsed = generate::parse_safetensors(file_of(header, small.data, header.size()));
+    CAPTURE(header.substr(0, 60));
+    CHECK(!parsed);
+    CHECK(!parsed.error.empty());
+  }
+  // Metadata is text about the file and does not matter; a file of no tensors is a valid file.
+  Json with_metadata = small.header;
+  with_metadata["__metadata__"] = {{"format", "pt"}};
+  CHECK(load(bytes_of(small.config.dump()), file_of(with_metadata, small.data)));
+  CHECK(generate::parse_safetensors(file_of(Json::object(), {})));
+}
+
+TEST_CASE("files that are not there, are directories or are empty give a message", "[generate][corrupt]") {
+  const auto directory = std::filesystem::temp_directory_path();
+  CHECK_THAT(generate::load_model(directory / "fovea-no-such-model").error,
+             Catch::Matchers::ContainsSubstring("cannot read"));
+  CHECK_THAT(generate::load_safetensors(directory).error, Catch::Matchers::ContainsSubstring("cannot read"));
+  CHECK(!generate::Tokenizer::load(directory / "fovea-no-such-tokenizer.json"));
+  CHECK(!generate::parse_config({}));
+  CHECK(!generate::Tokenizer::parse({}));
+}
+
+TEST_CASE("a configuration is checked", "[generate][corrupt]") {
+  const SmallModel small;
+  REQUIRE(generate::parse_config(bytes_of(small.config.dump())));
+  const std::vector<std::pair<const char*, Json>> wrong{{"hidden_size", 0},
+                                                        {"hidden_size", -12},
+                                                        {"hidden_size", "12"},
+                                                        {"hidden_size", 1e300},
+                                                        {"vocab_size", 1ull << 40},
+                                                        {"num_hidden_layers", 2000},
+                                                        {"num_key_value_heads", 3},
+                                                        {"head_dim", 5},
+                                                        {"rms_norm_eps", -1e-5},
+                                                        {"rope_theta", "10000"},
+                                                        {"attention_bias", true},
+                                                        {"rope_scaling", {{"factor", 2}}},
+                                                        {"max_position_embeddings", nullptr}};
+  for (const auto& [key, value] : wrong) {
+    Json config = small.config;
+    config[key] = value;
+    CAPTURE(key, value.dump());
+    auto parsed = generate::parse_config(bytes_of(config.dump()));
+    CHECK(!parsed);
+    CHECK(!parsed.error.empty());
+  }
+  Json wide = small.config;   // each number alone is allowed, the cache they ask for is not
+  wide["max_position_embeddings"] = 1 << 20;
+  wide["num_attention_heads"] = wide["num_key_value_heads"] = 1 << 10;
+  CHECK_THAT(generate::parse_config(bytes_of(wide.dump())).error, Catch::Matchers::ContainsSubstring("KV cache"));
+}
+
+TEST_CASE("the tokenizer merges inside words only, earliest merge first, and gives every byte back", "[generate]") {
+  auto tokenizer = generate::Tokenizer::parse(bytes_of(tokenizer_json().dump()));
+  INFO(tokenizer.error);
+  REQUIRE(tokenizer);
+  CHECK(tokenizer->encode(" the") == std::vector<Token>{258});
+  CHECK(tokenizer->encode("the") == std::vector<Token>{'t', 256});
+  CHECK(tokenizer->encode("  the") == std::vector<Token>{' ', 258});
+  CHECK(tokenizer->encode(" the7he") == std::vector<Token>{258, '7', 256});
+  CHECK(tokenizer->encode(" 7") == std::vector<Token>{' ', '7'});
+  CHECK(tokenizer->encode("aaaaa") == std::vector<Token>{259, 259, 'a'});   // left to right
+  CHECK(tokenizer->encode("").empty());
+
+  std::mt19937 bits(3);
+  for (int n = 0; n < 200; ++n) {
+    std::string text(bits() % 40, '\0');
+    for (char& c : text) c = static_cast<char>(bits() % 3 == 0 ? bits() % 256 : static_cast<unsigned>(" thea"[bits() % 5]));
+    CHECK(tokenizer->decode(tokenizer->encode(text)) == text);
+  }
+}
+
+TEST_CASE("a tokenizer that contradicts itself is refused", "[generate][corrupt]") {
+  const auto refused = [](const Json& json) {
+    auto parsed = generate::Tokenizer::parse(bytes_of(json.dump()));
+    return !parsed && !parsed.error.empty();
+  };
+  Json json = tokenizer_json();
+  json["vocab_size"] = 261;
+  CHECK(refused(json));
+  json["vocab_size"] = 255;
+  CHECK(refused(json));
+  for (const Json& merge :
+       {Json::array({'h'}), Json::array({260, 1}), Json::array({-1, 2}), Json("he"), Json::array({'h', 'f'})}) {
+    json = tokenizer_json();
+    json["merges"][0] = merge;
+    CAPTURE(merge.dump());
+    CHECK(refused(json));
+  }
+  for (const Json& piece : {Json::array({'h'}), Json::array({'h', 357}), Json("he"), Json::array()}) {
+    json = tokenizer_json();
+    json["pieces"][256] = piece;
+    CAPTURE(piece.dump());
+    CHECK(refused(json));
+  }
+  // Each token twice the one before: 2^40 bytes if nobody looked.
+  json = tokenizer_json();
+  json["pieces"] = Json::array();
+  json["merges"] = Json::array();
+  for (int token = 0; token < 300; ++token) {
+    json["pieces"].push_back({token});
+    if (token >= 256) json["merges"].push_back({token - 1, token - 1});
+  }
+  json["vocab_size"] = 300;
+  CHECK(refused(json));
+}
+
+TEST_CASE("the sampler: greedy, top-k, top-p, and the frequencies of a temperature", "[generate]") {
+  const std::vector<float> logits{0.f, 2.f, -1.f, 1.f};
+  CHECK(generate::Sampler({.temperature = 0.f}).next(logits) == 1);
+  CHECK(generate::Sampler({.temperature = 1.f, .top_k = 1}).next(logits) == 1);
+  CHECK(generate::Sampler({.temperature = 1.f, .top_p = 0.f}).next(logits) == 1);
+
+  const auto counts = [&](const generate::SamplerOptions& options) {
+    generate::Sampler sampler(options);
+    std::array<int, 4> count{};
+    for (int n = 0; n < 20000; ++n) ++count[static_cast<std::size_t>(sampler.next(logits))];
+    return count;
+  };
+  const std::array<int, 4> all = counts({.temperature = 2.f, .seed = 7});
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(double{logit} / 2);
+  for (std::size_t i = 0; i < 4; ++i) {
+    const double p = std::exp(double{logits[i]} / 2) / sum;
+    CHECK(std::abs(all[i] / 20000. - p) < 5 * std::sqrt(p * (1 - p) / 20000));   // five standard deviations, fixed seed
+  }
+  CHECK(counts({.temperature = 2.f, .seed = 7}) == all);
+  const std::array<int, 4> two = counts({.temperature = 2.f, .top_k = 2});
+  CHECK((two[0] == 0 && two[2] == 0 && two[1] > two[3] && two[3] > 0));
+  // At temperature 1 the probabilities are 0.64, 0.24, 0.09, 0.03: two reach 0.7.
+  const std::array<int, 4> reach = counts({.temperature = 1.f, .top_p = 0.7f});
+  CHECK((reach[0] == 0 && reach[2] == 0 && reach[1] > reach[3] && reach[3] > 0));
+}
+
+TEST_CASE("the trained model: PyTorch's logits to 2e-3 and its greedy text", "[generate][golden]") {
+  auto golden_bytes = generate::read_file(model_directory / "golden.json");
+  REQUIRE(golden_bytes);
+  auto golden = generate::parse_json(*golden_bytes, "golden.json");
+  REQUIRE(golden);
+  auto model = generate::load_model(model_directory);
+  INFO(model.error);
+  REQUIRE(model);
+  auto tokenizer = generate::Tokenizer::load(model_directory / "tokenizer.json");
+  INFO(tokenizer.error);
+  REQUIRE(tokenizer);
+  REQUIRE(static_cast<Index>(tokenizer->size()) == model->config.vocab);
+  const Json& prompts = (*golden)["prompts"];
+  REQUIRE(prompts.size() > 0);
+  for (const Json& prompt : prompts) {
+    const std::string text = prompt["text"];
+    CAPTURE(text);
+    const std::vector<Token> tokens = tokenizer->encode(text);
+    CHECK(tokens == prompt["tokens"].get<std::vector<Token>>());
+    CHECK(tokenizer->decode(tokens) == text);
+
+    generate::Engine engine(*model, generate::fovea_attention());
+    auto logits = engine.forward(tokens);
+    REQUIRE(logits);
+    CHECK(largest_difference(*logits, prompt["logits_last"].get<std::vector<double>>()) <= 2e-3);
+
+    const auto expected = prompt["greedy_tokens"].get<std::vector<Token>>();
+    REQUIRE(!expected.empty());
+    engine.rewind(0);
+    const std::vector<Token> written = greedy(engine, tokens, expected.size());
+    CHECK(written == expected);
+    CHECK(tokenizer->decode(written) == prompt["greedy_text"].get<std::string>());
+  }
+}
