@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a suite is made of. A row is one thing to measure; the rows of a group are measured in turns, one window each, so
+// that a minute in which the machine is slow falls on all of them. Mechanisms hand in groups and do not know how they are
+// timed.
+#pragma once
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "pool.hpp"
+
+namespace fovea_bench {
+
+// What a row is given to work on. `inputs` holds random numbers in [-1, 1), always the same ones.
+struct RowMemory {
+  std::span<const float> inputs;
+  std::span<float> outputs;
+  PinnedPool* pool = nullptr;
+};
+
+// A row that is ready to run: memory placed, plan made.
+class PreparedRow {
+ public:
+  virtual ~PreparedRow() = default;
+  virtual void call() = 0;
+  virtual double max_error() = 0;      // of the last call against the double reference, on sampled rows
+  virtual std::string refusal() = 0;   // empty, or why the last call was refused
+};
+
+// Which memory limit a row is held against.
+enum class Memory { cached, streamed };
+
+struct Row {
+  std::string name;   // mechanism/regime/dtype/d/q/kv/heads/mask/threads/impl
+  int threads = 1;
+  double flops = 0, bytes = 0;   // of one call
+  Memory memory = Memory::cached;
+  std::size_t input_floats = 0, output_floats = 0;
+  std::function<std::unique_ptr<PreparedRow>(const RowMemory&)> prepare;
+};
+
+struct Group {
+  std::string title;
+  std::vector<Row> rows;
+  double window = 0.05;   // seconds of one window; a row that takes longer is called once per window
+  int turns = 1;          // windows per repetition of the suite; short ones are many, an interrupt spoils one whole
+  bool slow = false;      // left out by --quick
+};
+
+// The tables of the mechanisms; each lives in mechanisms/<name>_bench.cpp.
+std::vector<Group> softmax_groups(int max_threads);
+
+}  // namespace fovea_bench

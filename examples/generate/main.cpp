@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// generate --model DIR --prompt TEXT: a language model writes on.
+// generate --model DIR --compare: its speed with fovea, with the Eigen baseline and with scalar loops.
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <fovea/adapters/std_threads.hpp>
+#include <string>
+#include <thread>
+
+#include "compare.hpp"
+#include "sampler.hpp"
+#include "tokenizer.hpp"
+
+namespace {
+
+using generate::Index;
+using generate::Token;
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Text goes to stdout as it comes, everything else to stderr.
+int write_on(const generate::Model& model, const generate::Tokenizer& tokenizer, generate::Engine& engine,
+             const generate::SamplerOptions& sampling, const std::string& prompt, Index count) {
+  const std::vector<Token> tokens = tokenizer.encode(prompt);
+  if (static_cast<Index>(tokens.size()) >= model.config.context) {
+    std::fprintf(stderr, "the prompt has %zu tokens, the model's context is %td\n", tokens.size(), model.config.context);
+    return 1;
+  }
+  const double start = now();
+  auto logits = engine.forward(tokens);
+  if (!logits) {
+    std::fprintf(stderr, "%s\n", logits.error.c_str());
+    return 1;
+  }
+  const double prefilled = now();
+  std::fwrite(prompt.data(), 1, prompt.size(), stdout);
+
+  generate::Sampler sampler(sampling);
+  Index written = 0, steps = 0;
+  while (written < count) {
+    const Token token = sampler.next(*logits);
+    const std::string_view piece = tokenizer.piece(token);
+    std::fwrite(piece.data(), 1, piece.size(), stdout);
+    std::fflush(stdout);
+    if (++written == count || engine.room() == 0) break;
+    logits = engine.forward(std::span(&token, 1));
+    ++steps;
+    if (!logits) {
+      std::fprintf(stderr, "\n%s\n", logits.error.c_str());
+      return 1;
+    }
+  }
+  const double done = now();
+  std::printf("\n");
+  std::fflush(stdout);
+  std::fprintf(stderr,
+               "prefill: %zu tokens, %.0f tokens/s; decode: %td tokens, %.0f tokens/s; attention took %.0f %% of the time\n",
+               tokens.size(), static_cast<double>(tokens.size()) / (prefilled - start), written,
+               static_cast<double>(steps) / (done - prefilled), 100 * engine.attention_seconds() / (done - start));
+  if (written < count) std::fprintf(stderr, "stopped at the model's context of %td tokens\n", model.config.context);
+  return 0;
+}
+
+}   // namespace
+
+int main(int argc, char** argv) {
+  std::string directory, prompt = "In the beginning", attention = "fovea";
+  Index count = 100;
+  int threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  bool compare = false;
+  generate::SamplerOptions sampling;
+
+  CLI::App app("Text from a small Llama, with fovea's attention");
+  app.add_option("--model", directory, "directory with config.json, tokenizer.json and model.safetensors")->required();
+  app.add_option("--prompt", prompt, "text to write on from");
+  app.add_option("--tokens", count, "tokens to write")->check(CLI::Range(Index{1}, Index{1} << 20));
+  app.add_option("--temperature", sampling.temperature, "0 takes the likeliest token every time")
+      ->check(CLI::Range(0.f, 100.f));
+  app.add_option("--top-k", sampling.top_k, "sample from the k likeliest tokens, 0 for all");
+  app.add_option("--top-p", sampling.top_p, "sample from the fewest tokens whose probabilities reach p")
+      ->check(CLI::Range(0.f, 1.f));
+  app.add_option("--seed", sampling.seed, "same seed, same text");
+  app.add_option("--attention", attention, "who computes attention")->check(CLI::IsMember({"fovea", "eigen", "scalar"}));
+  app.add_option("--threads", threads, "threads, the calling one included")->check(CLI::Range(1, 1024));
+  app.add_flag("--compare", compare, "print speeds instead of text");
+  CLI11_PARSE(app, argc, argv);
+
+  auto model = generate::load_model(directory);
+  if (!model) {
+    std::fprintf(stderr, "%s\n", model.error.c_str());
+    return 1;
+  }
+  fovea::StdThreads pool(threads);
+  const fovea::Executor executor(pool, pool.threads());
+  if (compare) return generate::compare(*model, executor);
+
+  auto tokenizer = generate::Tokenizer::load(std::filesystem::path(directory) / "tokenizer.json");
+  if (!tokenizer) {
+    std::fprintf(stderr, "%s\n", tokenizer.error.c_str());
+    return 1;
+  }
+  if (static_cast<Index>(tokenizer->size()) != model->config.vocab) {
+    std::fprintf(stderr, "the tokenizer has %zu tokens, the model %td\n", tokenizer->size(), model->config.vocab);
+    return 1;
+  }
+  generate::Engine engine(*model, *generate::attention_named(attention), executor);
+  return write_on(*model, *tokenizer, engine, sampling, prompt, count);
+}
