@@ -89,6 +89,7 @@ std::string readable_time(double seconds) {
 void print_row_header() {
   std::printf("%-*s %10s %7s %8s %7s %8s %8s %8s %6s\n", kNameWidth, "row (medians)", "time", "spread", "gflops", "gbps",
               "of_peak", "of_bandw", "max_err", "allocs");
+  std::fflush(stdout);
 }
 
 void print_rows(const std::vector<Result>& results) {

@@ -36,14 +36,15 @@ int main() {
   // thread takes one lane. The workspace is yours, so nothing is allocated.
   const int lanes = 2;
   fovea::Plan plan;
-  if (example::refused(fovea::make_plan(plan, {1, heads, heads, len, len, dim, dim}, options))) return 1;
+  const fovea::AttentionShape shape{
+      .q_heads = heads, .kv_heads = heads, .len_q = len, .len_k = len, .dim_qk = dim, .dim_v = dim};
+  if (example::refused(fovea::make_plan(plan, shape, options))) return 1;
   std::vector<std::byte> workspace(fovea::workspace_bytes(plan, lanes));
   options.workspace = workspace;
   options.executor = {pool, lanes};
   fovea::AttentionRun run;
-  if (example::refused(fovea::prepare(run, plan, q, k, v, fovea::bhsd(region_data.data(), 1, heads, len, dim), options))) {
-    return 1;
-  }
+  const auto out = fovea::bhsd(region_data.data(), 1, heads, len, dim);
+  if (example::refused(fovea::prepare(run, plan, q, k, v, out, options))) return 1;
   std::thread other([&run] { fovea::run_lane(run, 1); });
   fovea::run_lane(run, 0);
   other.join();

@@ -27,22 +27,28 @@ void* counted_or_abort(std::size_t bytes, std::size_t alignment) {
 }
 }  // namespace
 
-void* operator new(std::size_t bytes) { return counted_or_abort(bytes, 1); }
-void* operator new[](std::size_t bytes) { return counted_or_abort(bytes, 1); }
-void* operator new(std::size_t bytes, std::align_val_t a) { return counted_or_abort(bytes, static_cast<std::size_t>(a)); }
-void* operator new[](std::size_t bytes, std::align_val_t a) { return counted_or_abort(bytes, static_cast<std::size_t>(a)); }
-void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 1); }
-void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 1); }
-void operator delete(void* at) noexcept { std::free(at); }
-void operator delete[](void* at) noexcept { std::free(at); }
-void operator delete(void* at, std::size_t) noexcept { std::free(at); }
-void operator delete[](void* at, std::size_t) noexcept { std::free(at); }
-void operator delete(void* at, std::align_val_t) noexcept { std::free(at); }
-void operator delete[](void* at, std::align_val_t) noexcept { std::free(at); }
-void operator delete(void* at, std::size_t, std::align_val_t) noexcept { std::free(at); }
-void operator delete[](void* at, std::size_t, std::align_val_t) noexcept { std::free(at); }
-void operator delete(void* at, const std::nothrow_t&) noexcept { std::free(at); }
-void operator delete[](void* at, const std::nothrow_t&) noexcept { std::free(at); }
+// Inlined, GCC sees the free of a new and warns of a mismatch.
+#define OUT_OF_LINE __attribute__((noinline))
+OUT_OF_LINE void* operator new(std::size_t bytes) { return counted_or_abort(bytes, 1); }
+OUT_OF_LINE void* operator new[](std::size_t bytes) { return counted_or_abort(bytes, 1); }
+OUT_OF_LINE void* operator new(std::size_t bytes, std::align_val_t a) {
+  return counted_or_abort(bytes, static_cast<std::size_t>(a));
+}
+OUT_OF_LINE void* operator new[](std::size_t bytes, std::align_val_t a) {
+  return counted_or_abort(bytes, static_cast<std::size_t>(a));
+}
+OUT_OF_LINE void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 1); }
+OUT_OF_LINE void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 1); }
+OUT_OF_LINE void operator delete(void* at) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete[](void* at) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete(void* at, std::size_t) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete[](void* at, std::size_t) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete(void* at, std::align_val_t) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete[](void* at, std::align_val_t) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete(void* at, std::size_t, std::align_val_t) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete[](void* at, std::size_t, std::align_val_t) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete(void* at, const std::nothrow_t&) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete[](void* at, const std::nothrow_t&) noexcept { std::free(at); }
 
 namespace {
 
@@ -69,7 +75,7 @@ TEST_CASE("a warm call allocates nothing, whatever the options", "[allocation]")
       p.q_heads = 4, p.kv_heads = 2, p.dim_qk = 24, p.dim_v = 40, p.len_q = {30, 30}, p.stored_k = {700, 700};
       if (everything) {
         p.len_k = {650, 3}, p.causal = Causal::bottom_right, p.window = {500, -1}, p.softcap = 5, p.q_offset = {600, 2};
-        p.alibi = p.sink = true, p.bias = Share::all, p.keep = Share::heads, p.layout = Layout::padded;
+        p.alibi = p.sink = true, p.bias = Share::full, p.keep = Share::heads, p.layout = Layout::padded;
       }
       const Instance x(p);
       Output output(x, true);
@@ -107,13 +113,13 @@ TEST_CASE("a smaller call after a larger one allocates nothing", "[allocation]")
   Result r = attend(large), s = attend(small);
   fovea::Status status;
   CHECK(allocations_of([&] {
-    for (int repeat = 0; repeat < 3; ++repeat) {
-      status = fovea::attention(small.q.view(), small.k.view(), small.v.view(), s.out.view());
-      if (!status.ok()) break;
-      status = fovea::attention(large.q.view(), large.k.view(), large.v.view(), r.out.view());
-      if (!status.ok()) break;
-    }
-  }) == 0);
+          for (int repeat = 0; repeat < 3; ++repeat) {
+            status = fovea::attention(small.q.view(), small.k.view(), small.v.view(), s.out.view());
+            if (!status.ok()) break;
+            status = fovea::attention(large.q.view(), large.k.view(), large.v.view(), r.out.view());
+            if (!status.ok()) break;
+          }
+        }) == 0);
   CHECK(status.ok());
 }
 
@@ -124,23 +130,24 @@ TEST_CASE("a plan with the caller's workspace allocates nothing, not even the fi
     options.regime = regime;
     Result r = unwritten(x.q.view(), x.v.view());
     options.lse = r.lse_view();
+    InOrder pool;
+    options.executor = {pool, 2};
     const fovea::AttentionShape shape{1, 8, 2, 5, 1200, 48, 48};
     fovea::Plan plan;
     REQUIRE(fovea::make_plan(plan, shape, options).ok());
     std::vector<std::byte> bytes(fovea::workspace_bytes(plan, 2));
     options.workspace = bytes;
-    InOrder pool;
-    options.executor = {pool, 2};
     fovea::Status status;
-    CHECK(allocations_of([&] { status = fovea::attention(plan, x.q.view(), x.k.view(), x.v.view(), r.out.view(), options); }) == 0);
+    CHECK(allocations_of(
+              [&] { status = fovea::attention(plan, x.q.view(), x.k.view(), x.v.view(), r.out.view(), options); }) == 0);
     CHECK(status.ok());
     CHECK(allocations_of([&] {
-      fovea::AttentionRun run;
-      status = fovea::prepare(run, plan, x.q.view(), x.k.view(), x.v.view(), r.out.view(), options);
-      if (!status.ok()) return;
-      fovea::run_lane(run, 1);
-      fovea::run_lane(run, 0);
-    }) == 0);
+            fovea::AttentionRun run;
+            status = fovea::prepare(run, plan, x.q.view(), x.k.view(), x.v.view(), r.out.view(), options);
+            if (!status.ok()) return;
+            fovea::run_lane(run, 1);
+            fovea::run_lane(run, 0);
+          }) == 0);
     CHECK(status.ok());
     // The same plan object again: its memory is kept.
     CHECK(allocations_of([&] { status = fovea::make_plan(plan, shape, options); }) == 0);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The promise of equal bits: an output row depends on its query, its visible keys, the options and the regime, on nothing else.
+// The promise of equal bits: an output row depends on its query, its visible keys, the options and the regime only.
 #include <string>
 
 #include "support/dense.hpp"
@@ -29,7 +29,7 @@ std::vector<Problem> problems() {
     p.sink = true, p.layout = Layout::bshd;
   });
   add([](Problem& p) {
-    p.len_q = {40}, p.stored_k = {700}, p.softcap = 5, p.alibi = true, p.bias = Share::all, p.bias_masks = true;
+    p.len_q = {40}, p.stored_k = {700}, p.softcap = 5, p.alibi = true, p.bias = Share::full, p.bias_masks = true;
     p.dim_qk = 19, p.dim_v = 45, p.layout = Layout::padded;
   });
   add([](Problem& p) {
@@ -124,8 +124,7 @@ TEST_CASE("a sequence alone = inside a batch = inside a ragged batch", "[bits]")
     const Result flat = attend(rq, rk, rv, as_ragged);
 
     for (index_t b = 0; b < batch; ++b) {
-      const Result alone =
-          attend(only_batch(x.q.view(), b), only_batch(x.k.view(), b), only_batch(x.v.view(), b), options);
+      const Result alone = attend(only_batch(x.q.view(), b), only_batch(x.k.view(), b), only_batch(x.v.view(), b), options);
       INFO("regime " << name(regime) << ", sequence " << b);
       CHECK(same_rows(together, b, 0, alone));
       CHECK(same_rows(flat, 0, b * len_q, alone));
@@ -133,7 +132,7 @@ TEST_CASE("a sequence alone = inside a batch = inside a ragged batch", "[bits]")
   }
 }
 
-TEST_CASE("heads alone = heads together; shared K and V = repeated K and V", "[bits][gqa]") {
+TEST_CASE("heads alone = heads together, shared K and V = repeated K and V", "[bits][gqa]") {
   for (const index_t q_heads : {1, 3, 8}) {
     for (const index_t len_q : {1, 2, 19}) {
       const index_t len_k = 270, dim = 20;

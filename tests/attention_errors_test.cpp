@@ -66,7 +66,8 @@ void refused_by_shape(const char* what, Code code, std::initializer_list<const c
   Call call;
   spoil(call);
   fovea::Plan plan;
-  for (const Status& status : {fovea::supports(call.shape(), call.options), fovea::make_plan(plan, call.shape(), call.options)}) {
+  for (const Status& status :
+       {fovea::supports(call.shape(), call.options), fovea::make_plan(plan, call.shape(), call.options)}) {
     INFO(what << " (shape only): \"" << status.message() << "\"");
     CHECK(status.code() == code);
     for (const char* word : words) CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring(word));
@@ -100,9 +101,8 @@ TEST_CASE("shapes that contradict each other", "[errors]") {
   refused("lse heads", bad, {"6", "2"}, [](Call& c) { c.options.lse.extent[1] = 2; });
   refused("lse len", bad, {"5", "4"}, [](Call& c) { c.options.lse.extent[2] = 4; });
   refused("negative len", bad, {"-9"}, [](Call& c) { c.k.extent[2] = c.v.extent[2] = -9; });
-  refused("negative batch", bad, {"-3"}, [](Call& c) {
-    c.q.extent[0] = c.k.extent[0] = c.v.extent[0] = c.out.extent[0] = c.options.lse.extent[0] = -3;
-  });
+  refused("negative batch", bad, {"-3"},
+          [](Call& c) { c.q.extent[0] = c.k.extent[0] = c.v.extent[0] = c.out.extent[0] = c.options.lse.extent[0] = -3; });
 }
 
 TEST_CASE("head counts that do not divide name both", "[errors]") {
@@ -162,8 +162,10 @@ TEST_CASE("out that overlaps an input, itself or lse", "[errors]") {
 }
 
 TEST_CASE("an innermost stride other than 1 of k and v is refused with the reason", "[errors]") {
-  refused("k", Code::unsupported, {"k", "stride", "2"}, [](Call& c) { c.k.extent[2] = c.v.extent[2] = 2, c.k.stride[3] = 2; });
-  refused("v", Code::unsupported, {"v", "stride", "2"}, [](Call& c) { c.k.extent[2] = c.v.extent[2] = 2, c.v.stride[3] = 2; });
+  refused("k", Code::unsupported, {"k", "stride", "2"},
+          [](Call& c) { c.k.extent[2] = c.v.extent[2] = 2, c.k.stride[3] = 2; });
+  refused("v", Code::unsupported, {"v", "stride", "2"},
+          [](Call& c) { c.k.extent[2] = c.v.extent[2] = 2, c.v.stride[3] = 2; });
   refused("k backwards", Code::unsupported, {"k", "stride", "-1"}, [](Call& c) { c.k.data += 7, c.k.stride[3] = -1; });
 }
 
@@ -227,7 +229,8 @@ TEST_CASE("dims outside 1 .. 576", "[errors]") {
       Call call;
       spoil(call);
       fovea::Plan plan;
-      for (const Status& status : {fovea::supports(call.shape(), call.options), fovea::make_plan(plan, call.shape(), call.options)}) {
+      for (const Status& status :
+           {fovea::supports(call.shape(), call.options), fovea::make_plan(plan, call.shape(), call.options)}) {
         INFO("dim " << text << ": \"" << status.message() << "\"");
         CHECK_FALSE(status.ok());
         if (dim > 0) CHECK(status.code() == Code::unsupported);
@@ -364,6 +367,34 @@ TEST_CASE("a plan of another shape is refused", "[errors][plan]") {
   CHECK(call.untouched());
 }
 
+TEST_CASE("a plan of other lengths or positions is refused, not followed", "[errors][plan]") {
+  const std::vector<index_t> nine{9, 9, 9}, fewer{9, 4, 9}, offsets{1, 1, 1};
+  const auto check = [&](const char* what, auto plan_options, auto call_options) {
+    Call call, other;
+    plan_options(other.options);
+    call_options(call.options);
+    fovea::Plan plan;
+    REQUIRE(fovea::make_plan(plan, other.shape(), other.options).ok());
+    const Status status = fovea::attention(plan, call.q, call.k, call.v, call.out, call.options);
+    INFO(what << ": \"" << status.message() << "\"");
+    CHECK(status.code() == Code::invalid_argument);
+    CHECK(call.untouched());
+  };
+  const auto nothing = [](AttentionOptions&) {};
+  check("fewer keys in the call", nothing, [&](AttentionOptions& o) { o.len_k = fewer; });
+  check(
+      "fewer keys in the plan", [&](AttentionOptions& o) { o.len_k = fewer; }, [&](AttentionOptions& o) { o.len_k = nine; });
+  check(
+      "another alignment", [](AttentionOptions& o) { o.causal = Causal::top_left; },
+      [](AttentionOptions& o) { o.causal = Causal::bottom_right; });
+  check(
+      "another offset", [](AttentionOptions& o) { o.causal = Causal::top_left; },
+      [&](AttentionOptions& o) {
+        o.causal = Causal::top_left;
+        o.q_offset = offsets;
+      });
+}
+
 TEST_CASE("merge refuses what does not fit", "[errors][merge]") {
   Result a{Values(1, 2, 3, 4), std::vector<float>(6)}, b{Values(1, 2, 3, 5), std::vector<float>(6)};
   Status status = fovea::merge(a.out.view(), a.lse_view(), b.out.view(), b.lse_view());
@@ -391,7 +422,8 @@ TEST_CASE("attention_weights refuses rows and outputs that do not exist", "[erro
   Dense x(74, 2, 2, 1, 3, 9, 8, 4);
   const Result r = attend(x);
   std::vector<float> store(18, canary());
-  const auto check = [&](std::vector<fovea::WeightRow> rows, View<float, 2> weights, std::initializer_list<const char*> words) {
+  const auto check = [&](std::vector<fovea::WeightRow> rows, View<float, 2> weights,
+                         std::initializer_list<const char*> words) {
     const Status status = fovea::attention_weights(x.q.view(), x.k.view(), r.lse_view(), rows, weights, {});
     INFO(status.message());
     CHECK(status.code() == Code::invalid_argument);

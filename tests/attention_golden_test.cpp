@@ -94,7 +94,7 @@ TEST_CASE("ALiBi lowers a score by slope times distance, in both directions", "[
   const std::vector<index_t> offset{2};
   for (const bool is_causal : {false, true}) {
     options.causal = is_causal ? Causal::bottom_right : Causal::none;
-    options.q_offset = offset;                   // the queries stand at 2 and 3
+    options.q_offset = offset;   // the queries stand at 2 and 3
     for (const Regime regime : kBothRegimes) {
       options.regime = regime;
       const Result r = attend(q.view(), k.view(), v.view(), options);
@@ -111,7 +111,7 @@ TEST_CASE("ALiBi lowers a score by slope times distance, in both directions", "[
             INFO("causal " << is_causal << " head " << h << " query " << i << " key " << j);
             CHECK(double{r.at(0, h, i, j)} == Catch::Approx(weights[j] / sum).margin(1e-6));
           }
-          CHECK(double{r.lse_at(0, h, i)} == Catch::Approx(std::log(sum)).margin(1e-6));   // absolute form: no shift by position
+          CHECK(double{r.lse_at(0, h, i)} == Catch::Approx(std::log(sum)).margin(1e-6));
         }
       }
     }

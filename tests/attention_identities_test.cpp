@@ -204,7 +204,7 @@ TEST_CASE("sorted, reverse sorted and jumping scores", "[identities][scores]") {
   for (std::size_t j = 0; j < count; ++j) {
     rising[j] = 0.25f * static_cast<float>(j);
     falling[j] = -rising[j];
-    steps[j] = 50.f * static_cast<float>(j / 64);            // every tile's maximum is 50 above the one before
+    steps[j] = 50.f * static_cast<float>(j / 64);   // every tile's maximum is 50 above the one before
     late[j] = j + 1 == count ? 50.f : 0.f;
   }
   spike[500] = 80.f;
@@ -220,7 +220,7 @@ TEST_CASE("scores of +-1e4 and beyond the range of exp", "[identities][scores]")
     std::vector<float> scores(300);
     for (float& score : scores) score = random.uniform(-range, range);
     check_reference(with_scores(scores), scale_one());
-    for (float& score : scores) score = range;               // all equal: the average, however large
+    for (float& score : scores) score = range;   // all equal: the average, however large
     const Dense equal = with_scores(scores);
     for (const Regime regime : kBothRegimes) {
       AttentionOptions options = scale_one();
@@ -287,6 +287,23 @@ TEST_CASE("a row of sinks: huge, equal, vanishing", "[identities][sink]") {
       }
       const double joined = std::max(lse, sink) + std::log1p(std::exp(-std::abs(lse - sink)));
       CHECK(std::abs(double{with.lse_at(0, h, i)} - joined) <= 2 * e.lse_error[at]);
+    }
+  }
+}
+
+TEST_CASE("a sink of +inf takes everything", "[identities][sink]") {
+  const Dense x(58, 1, 2, 1, 3, 70, 8, 8);
+  const std::vector<float> sinks{kInfinity, 0.f};
+  AttentionOptions options;
+  options.sink = sinks;
+  check_reference(x, options);
+  for (const Regime regime : kBothRegimes) {
+    options.regime = regime;
+    const Result r = attend(x, options);
+    for (index_t i = 0; i < 3; ++i) {
+      for (index_t d = 0; d < 8; ++d) CHECK(r.at(0, 0, i, d) == 0);
+      CHECK(r.lse_at(0, 0, i) == kInfinity);
+      CHECK(std::isfinite(r.lse_at(0, 1, i)));
     }
   }
 }

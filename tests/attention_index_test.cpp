@@ -118,7 +118,7 @@ TEST_CASE("far query positions and unbounded windows written as huge numbers", "
     options.q_offset = far;
     options.causal = Causal::top_left;
     CHECK(same_bits(plain, attend(x, options)));
-    options.window = {1'999'999'999, -1};            // query 0 sees keys from 1 on, query 3 from 4 on
+    options.window = {1'999'999'999, -1};   // query 0 sees keys from 1 on, query 3 from 4 on
     CHECK(distance(attend(x, options), expect(x.q.view(), x.k.view(), x.v.view(), options)) <= 1);
     options.window = {};
     options.q_offset = before;

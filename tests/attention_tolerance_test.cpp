@@ -43,7 +43,8 @@ Result plain_fp32(const Dense& x, const AttentionOptions& options) {
 
 // Largest distance, in budgets of `truth`, of the reference run with something wrong.
 double far_off(const Dense& x, const AttentionOptions& truth, const Dense& y, const AttentionOptions& wrong) {
-  const Expected e = expect(x.q.view(), x.k.view(), x.v.view(), truth), f = expect(y.q.view(), y.k.view(), y.v.view(), wrong);
+  const Expected e = expect(x.q.view(), x.k.view(), x.v.view(), truth),
+                 f = expect(y.q.view(), y.k.view(), y.v.view(), wrong);
   double worst = 0;
   for (std::size_t n = 0; n < e.out.size(); ++n) worst = std::max(worst, in_budgets(f.out[n], e.out[n], e.out_error[n]));
   return worst;
@@ -78,7 +79,8 @@ TEST_CASE("bugs are far outside the budget", "[tolerance]") {
     for (const index_t dim : {16, 64, 128}) {
       const Dense x(62, 1, 4, 2, 9, len_k, dim, 32);
       const std::vector<float> slopes{0.5f, 0.25f, 0.125f, 0.0625f}, flipped{-0.5f, -0.25f, -0.125f, -0.0625f};
-      const std::vector<float> other_slopes{0.25f, 0.5f, 0.0625f, 0.125f}, sinks{1.f, 2.f, 0.f, 1.5f}, other_sinks{2.f, 1.f, 1.5f, 0.f};
+      const std::vector<float> other_slopes{0.25f, 0.5f, 0.0625f, 0.125f}, sinks{1.f, 2.f, 0.f, 1.5f},
+          other_sinks{2.f, 1.f, 1.5f, 0.f};
       const auto with = [](auto change) {
         AttentionOptions options;
         options.causal = Causal::bottom_right;
@@ -90,15 +92,25 @@ TEST_CASE("bugs are far outside the budget", "[tolerance]") {
       const std::vector<index_t> one_late{len_k - 9 + 1}, one_early{len_k - 9 - 1}, short_by_one{len_k - 1};
       INFO(len_k << " keys, dim " << dim);
       // Off by one everywhere it is usual.
-      CHECK(far_off(x, with([&](auto& o) { o.window = {span, 0}; }), x, with([&](auto& o) { o.window = {span - 1, 0}; })) > 30);
-      CHECK(far_off(x, with([&](auto& o) { o.window = {span, 0}; }), x, with([&](auto& o) { o.window = {span + 1, 0}; })) > 30);
+      CHECK(far_off(x, with([&](auto& o) {
+                      o.window = {span, 0};
+                    }),
+                    x, with([&](auto& o) {
+                      o.window = {span - 1, 0};
+                    })) > 30);
+      CHECK(far_off(x, with([&](auto& o) {
+                      o.window = {span, 0};
+                    }),
+                    x, with([&](auto& o) {
+                      o.window = {span + 1, 0};
+                    })) > 30);
       CHECK(far_off(x, causal, x, with([&](auto& o) { o.q_offset = one_late; })) > 30);
       CHECK(far_off(x, causal, x, with([&](auto& o) { o.q_offset = one_early; })) > 30);
       CHECK(far_off(x, {}, x, [&] {
-        AttentionOptions o;
-        o.len_k = short_by_one;
-        return o;
-      }()) > 30);
+              AttentionOptions o;
+              o.len_k = short_by_one;
+              return o;
+            }()) > 30);
       // A key read twice instead of its neighbour, a value row off by one.
       Dense stuck = x, shifted = x;
       for (index_t d = 0; d < dim; ++d) stuck.k.view()(0, 0, len_k - 10, d) = x.k.view()(0, 0, len_k - 11, d);
@@ -113,8 +125,10 @@ TEST_CASE("bugs are far outside the budget", "[tolerance]") {
       CHECK(far_off(x, causal, cut_tail, causal) > 30);
       // Options ignored or mixed up; a sink of logit 1 among 500 keys is a small thing, hence the lower bar.
       CHECK(far_off(x, with([](auto& o) { o.softcap = 5; }), x, causal) > 5);
-      CHECK(far_off(x, with([&](auto& o) { o.alibi_slopes = slopes; }), x, with([&](auto& o) { o.alibi_slopes = flipped; })) > 5);
-      CHECK(far_off(x, with([&](auto& o) { o.alibi_slopes = slopes; }), x, with([&](auto& o) { o.alibi_slopes = other_slopes; })) > 5);
+      CHECK(far_off(x, with([&](auto& o) { o.alibi_slopes = slopes; }), x,
+                    with([&](auto& o) { o.alibi_slopes = flipped; })) > 5);
+      CHECK(far_off(x, with([&](auto& o) { o.alibi_slopes = slopes; }), x,
+                    with([&](auto& o) { o.alibi_slopes = other_slopes; })) > 5);
       CHECK(far_off(x, with([&](auto& o) { o.sink = sinks; }), x, with([&](auto& o) { o.sink = other_sinks; })) > 5);
       CHECK(far_off(x, with([&](auto& o) { o.sink = sinks; }), x, causal) > 5);
       CHECK(far_off(x, causal, x, with([&](auto& o) { o.scale = 1 / std::sqrt(static_cast<float>(dim + 1)); })) > 5);
@@ -150,17 +164,18 @@ TEST_CASE("the reference's rows sum to one and rebuild its output", "[tolerance]
     std::vector<double> out(2 * 4 * 5 * 6);
     const auto view = fovea::bhsd(out.data(), 2, 4, 5, 6);
     int rows = 0;
-    fovea::reference::softmax(x.q.view(), x.k.view(), x.v.view(), view, options, {}, [&](const fovea::reference::SoftmaxRow& row) {
-      ++rows;
-      double sum = with_sink ? std::exp(row.sink - row.lse) : 0, value = 0;
-      for (const auto& term : row.terms) {
-        CHECK(term.weight == Catch::Approx(std::exp(term.score - row.lse)).epsilon(1e-12));
-        sum += term.weight;
-        value += term.weight * double{x.v.view()(row.batch, row.q_head / 2, term.key, 3)};
-      }
-      CHECK(sum == Catch::Approx(1).epsilon(1e-12));
-      CHECK(view(row.batch, row.q_head, row.pos_q, 3) == Catch::Approx(value).epsilon(1e-12).margin(1e-15));
-    });
+    fovea::reference::softmax(
+        x.q.view(), x.k.view(), x.v.view(), view, options, {}, [&](const fovea::reference::SoftmaxRow& row) {
+          ++rows;
+          double sum = with_sink ? std::exp(row.sink - row.lse) : 0, value = 0;
+          for (const auto& term : row.terms) {
+            CHECK(term.weight == Catch::Approx(std::exp(term.score - row.lse)).epsilon(1e-12));
+            sum += term.weight;
+            value += term.weight * double{x.v.view()(row.batch, row.q_head / 2, term.key, 3)};
+          }
+          CHECK(sum == Catch::Approx(1).epsilon(1e-12));
+          CHECK(view(row.batch, row.q_head, row.pos_q, 3) == Catch::Approx(value).epsilon(1e-12).margin(1e-15));
+        });
     CHECK(rows == 2 * 4 * 5);
   }
 }

@@ -36,7 +36,8 @@ void check_weights(const Instance& x) {
       const auto n = first + static_cast<std::size_t>(term.key);
       wanted[n] = term.weight;
       // exp(score - lse): the errors of both, and of exp at that argument.
-      error[n] = term.weight * std::expm1(score_error(term, x.p.dim_qk, options, row.lse) + e.lse_error[at] + 8 * kUnit) + 1e-37;
+      error[n] =
+          term.weight * std::expm1(score_error(term, x.p.dim_qk, options, row.lse) + e.lse_error[at] + 8 * kUnit) + 1e-37;
     }
   });
   std::vector<float> store(rows.size() * static_cast<std::size_t>(width + 3), canary());
@@ -73,8 +74,10 @@ void check_weights(const Instance& x) {
     const bool is_empty = output.lse(batch, rows[n].q_head, pos) == -kInfinity;
     CHECK(std::abs(sum - (is_empty ? 0 : 1)) <= sum_error);
     for (index_t d = 0; d < x.p.dim_v; ++d) {
-      const auto at = static_cast<std::size_t>(((batch * x.p.q_heads + rows[n].q_head) * x.q.extent[2] + pos) * x.p.dim_v + d);
-      const double difference = std::abs(out[static_cast<std::size_t>(d)] - double{output.out(batch, rows[n].q_head, pos, d)});
+      const auto at =
+          static_cast<std::size_t>(((batch * x.p.q_heads + rows[n].q_head) * x.q.extent[2] + pos) * x.p.dim_v + d);
+      const double difference =
+          std::abs(out[static_cast<std::size_t>(d)] - double{output.out(batch, rows[n].q_head, pos, d)});
       CHECK(difference <= out_error[static_cast<std::size_t>(d)] + e.out_error[at]);
     }
   }
@@ -96,7 +99,7 @@ TEST_CASE("weights of every row under every option", "[weights]") {
   check_weights(Instance(p));
   p.softcap = 2, p.alibi = true;
   check_weights(Instance(p));
-  p.bias = Share::all, p.bias_masks = true, p.keep = Share::heads;
+  p.bias = Share::full, p.bias_masks = true, p.keep = Share::heads;
   check_weights(Instance(p));
   p.scale = -0.7f;
   for (const Regime regime : kBothRegimes) {

@@ -18,7 +18,8 @@ TEST_CASE("a fresh status is ok and says nothing", "[status]") {
 }
 
 TEST_CASE("an error carries its numbers", "[status]") {
-  const Status status = Status::error(Code::invalid_argument, "%td query heads on %td", fovea::index_t{6}, fovea::index_t{4});
+  const Status status =
+      Status::error(Code::invalid_argument, "%td query heads on %td", fovea::index_t{6}, fovea::index_t{4});
   CHECK_FALSE(status.ok());
   CHECK(status.code() == Code::invalid_argument);
   CHECK(std::string(status.message()) == "6 query heads on 4");

@@ -30,10 +30,12 @@ TEST_CASE("bshd and bhsd", "[view]") {
   std::vector<float> data(static_cast<std::size_t>(kBatch * kLen * kHeads * kDim));
   const auto a = fovea::bshd(data.data(), kBatch, kLen, kHeads, kDim);
   CHECK(a.extent == std::array<index_t, 4>{kBatch, kHeads, kLen, kDim});
-  check_offsets(a, data.data(), [](index_t b, index_t h, index_t s, index_t d) { return ((b * kLen + s) * kHeads + h) * kDim + d; });
+  check_offsets(a, data.data(),
+                [](index_t b, index_t h, index_t s, index_t d) { return ((b * kLen + s) * kHeads + h) * kDim + d; });
   const auto c = fovea::bhsd(data.data(), kBatch, kHeads, kLen, kDim);
   CHECK(c.extent == std::array<index_t, 4>{kBatch, kHeads, kLen, kDim});
-  check_offsets(c, data.data(), [](index_t b, index_t h, index_t s, index_t d) { return ((b * kHeads + h) * kLen + s) * kDim + d; });
+  check_offsets(c, data.data(),
+                [](index_t b, index_t h, index_t s, index_t d) { return ((b * kHeads + h) * kLen + s) * kDim + d; });
 }
 
 TEST_CASE("ragged is one batch of all tokens", "[view]") {
@@ -61,8 +63,9 @@ TEST_CASE("packed QKV and interleaved KV", "[view]") {
   const auto kv = fovea::interleaved_kv(pair.data(), kBatch, kLen, kHeads, kDim);
   check_offsets(kv.k, pair.data(),
                 [](index_t b, index_t h, index_t s, index_t d) { return ((b * kLen + s) * 2 * kHeads + h) * kDim + d; });
-  check_offsets(kv.v, pair.data(),
-                [](index_t b, index_t h, index_t s, index_t d) { return (((b * kLen + s) * 2 + 1) * kHeads + h) * kDim + d; });
+  check_offsets(kv.v, pair.data(), [](index_t b, index_t h, index_t s, index_t d) {
+    return (((b * kLen + s) * 2 + 1) * kHeads + h) * kDim + d;
+  });
 }
 
 TEST_CASE("null data stays null in every view", "[view]") {

@@ -38,7 +38,8 @@ Problem grid_case(index_t n) {
   p.seed = static_cast<std::uint64_t>(n) + 1000;
   p.dim_qk = dims()[static_cast<std::size_t>(n % 43)];
   p.regime = std::array{Regime::automatic, Regime::prefill, Regime::decode}[static_cast<std::size_t>(n / 43 % 3)];
-  p.layout = random.pick({Layout::bshd, Layout::bhsd, Layout::packed_qkv, Layout::interleaved_kv, Layout::padded, Layout::padded});
+  p.layout =
+      random.pick({Layout::bshd, Layout::bhsd, Layout::packed_qkv, Layout::interleaved_kv, Layout::padded, Layout::padded});
   p.is_ragged = random.one_in(3);
 
   const bool one_dim = p.layout == Layout::packed_qkv || p.layout == Layout::interleaved_kv;
@@ -98,7 +99,7 @@ Problem grid_case(index_t n) {
   p.alibi = random.one_in(4);
   p.sink = random.one_in(4);
   p.lse = !random.one_in(4);
-  const std::initializer_list<Share> shares{Share::all, Share::sequences, Share::heads, Share::rows};
+  const std::initializer_list<Share> shares{Share::full, Share::sequences, Share::heads, Share::rows};
   if (random.one_in(4)) p.bias = random.pick(shares);
   p.bias_masks = random.one_in(2);
   if (random.one_in(4)) p.keep = random.pick(shares);
@@ -117,12 +118,30 @@ index_t number(const char* variable, index_t otherwise) {
 // One line per option: is it on in this problem?
 std::vector<bool> switches(const Problem& p) {
   const index_t group = p.q_heads / p.kv_heads;
-  return {p.is_ragged,       p.scale.has_value(),     p.causal == Causal::top_left,  p.causal == Causal::bottom_right,
-          p.window.left >= 0, p.window.right >= 0,    p.softcap > 0,                 !p.q_offset.empty(),
-          !p.len_k.empty(),  p.alibi,                 p.sink,                        p.lse,
-          p.bias != Share::none, p.keep != Share::none, p.dim_qk != p.dim_v,         group > 1,
-          p.regime == Regime::prefill, p.regime == Regime::decode, p.layout == Layout::packed_qkv, p.layout == Layout::interleaved_kv,
-          p.layout == Layout::padded, p.lanes > 1,    p.nan_in_live_key,             p.nan_in_live_value};
+  return {p.is_ragged,
+          p.scale.has_value(),
+          p.causal == Causal::top_left,
+          p.causal == Causal::bottom_right,
+          p.window.left >= 0,
+          p.window.right >= 0,
+          p.softcap > 0,
+          !p.q_offset.empty(),
+          !p.len_k.empty(),
+          p.alibi,
+          p.sink,
+          p.lse,
+          p.bias != Share::absent,
+          p.keep != Share::absent,
+          p.dim_qk != p.dim_v,
+          group > 1,
+          p.regime == Regime::prefill,
+          p.regime == Regime::decode,
+          p.layout == Layout::packed_qkv,
+          p.layout == Layout::interleaved_kv,
+          p.layout == Layout::padded,
+          p.lanes > 1,
+          p.nan_in_live_key,
+          p.nan_in_live_value};
 }
 
 }  // namespace
@@ -155,8 +174,8 @@ TEST_CASE("the grid covers every dim, every pair of options and stays cheap", "[
   for (std::size_t a = 0; a < count; ++a) {
     for (std::size_t b = 0; b < a; ++b) {
       // Contradictions: one causal mode, one regime, one layout, one dim where K and V share a token, one NaN.
-      const bool exclusive = (b == 2 && a == 3) || (b == 16 && a == 17) || (b >= 18 && a <= 20) || (b == 14 && a >= 18 && a <= 19) ||
-                             (b == 22 && a == 23);
+      const bool exclusive = (b == 2 && a == 3) || (b == 16 && a == 17) || (b >= 18 && a <= 20) ||
+                             (b == 14 && a >= 18 && a <= 19) || (b == 22 && a == 23);
       INFO("switches " << b << " and " << a);
       CHECK((pairs[{b, a}] > 0) != exclusive);
     }

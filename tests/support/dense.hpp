@@ -19,7 +19,10 @@ struct Values {
   std::vector<float> data;
 
   Values(index_t batch_, index_t heads_, index_t len_, index_t dim_, float value = 0)
-      : batch(batch_), heads(heads_), len(len_), dim(dim_),
+      : batch(batch_),
+        heads(heads_),
+        len(len_),
+        dim(dim_),
         data(static_cast<std::size_t>(batch_ * heads_ * len_ * dim_), value) {}
 
   Tensor<float> view() { return fovea::bhsd(data.data(), batch, heads, len, dim); }
@@ -48,7 +51,8 @@ struct Dense {
   Values q, k, v;
   Dense(std::uint64_t seed, index_t batch, index_t q_heads, index_t kv_heads, index_t len_q, index_t len_k, index_t dim_qk,
         index_t dim_v)
-      : q(random_values(seed, batch, q_heads, len_q, dim_qk)), k(random_values(seed + 1, batch, kv_heads, len_k, dim_qk)),
+      : q(random_values(seed, batch, q_heads, len_q, dim_qk)),
+        k(random_values(seed + 1, batch, kv_heads, len_k, dim_qk)),
         v(random_values(seed + 2, batch, kv_heads, len_k, dim_v)) {}
 };
 
@@ -60,18 +64,26 @@ Tensor<T> cut(Tensor<T> view, int axis, index_t begin, index_t count) {
   return view;
 }
 template <class T>
-Tensor<T> only_batch(Tensor<T> view, index_t b) { return cut(view, 0, b, 1); }
+Tensor<T> only_batch(Tensor<T> view, index_t b) {
+  return cut(view, 0, b, 1);
+}
 template <class T>
-Tensor<T> only_head(Tensor<T> view, index_t h) { return cut(view, 1, h, 1); }
+Tensor<T> only_head(Tensor<T> view, index_t h) {
+  return cut(view, 1, h, 1);
+}
 template <class T>
-Tensor<T> only_pos(Tensor<T> view, index_t begin, index_t count) { return cut(view, 2, begin, count); }
+Tensor<T> only_pos(Tensor<T> view, index_t begin, index_t count) {
+  return cut(view, 2, begin, count);
+}
 
 struct Result {
   Values out;
   std::vector<float> lse;   // [batch, q_head, pos]
 
   View<float, 3> lse_view() { return {lse.data(), {out.batch, out.heads, out.len}, {out.heads * out.len, out.len, 1}}; }
-  View<const float, 3> lse_view() const { return {lse.data(), {out.batch, out.heads, out.len}, {out.heads * out.len, out.len, 1}}; }
+  View<const float, 3> lse_view() const {
+    return {lse.data(), {out.batch, out.heads, out.len}, {out.heads * out.len, out.len, 1}};
+  }
   float lse_at(index_t b, index_t h, index_t i) const { return lse_view()(b, h, i); }
   float at(index_t b, index_t h, index_t i, index_t d) const { return out.view()(b, h, i, d); }
 };
@@ -97,7 +109,9 @@ inline Result attend(const Dense& x, const AttentionOptions& options = {}) {
 inline bool same_bits(std::span<const float> a, std::span<const float> b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size_bytes()) == 0);
 }
-inline bool same_bits(const Result& a, const Result& b) { return same_bits(a.out.data, b.out.data) && same_bits(a.lse, b.lse); }
+inline bool same_bits(const Result& a, const Result& b) {
+  return same_bits(a.out.data, b.out.data) && same_bits(a.lse, b.lse);
+}
 
 // Are rows [first, first + count) of `whole`, batch b, those of `part` (batch 0)?
 inline bool same_rows(const Result& whole, index_t b, index_t first, const Result& part) {
@@ -106,7 +120,8 @@ inline bool same_rows(const Result& whole, index_t b, index_t first, const Resul
       const auto width = static_cast<std::size_t>(part.out.dim);
       const float one = whole.lse_at(b, h, first + i), other = part.lse_at(0, h, i);
       if (std::memcmp(&one, &other, sizeof one) != 0) return false;
-      if (std::memcmp(&whole.out.view()(b, h, first + i, 0), &part.out.view()(0, h, i, 0), width * sizeof(float)) != 0) return false;
+      if (std::memcmp(&whole.out.view()(b, h, first + i, 0), &part.out.view()(0, h, i, 0), width * sizeof(float)) != 0)
+        return false;
     }
   }
   return true;

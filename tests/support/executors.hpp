@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pools that call the lanes in every order an executor may: at once, one after the other, backwards, the last one alone first.
+// Pools that call the lanes in every order an executor may: at once, one after the other, backwards.
 #pragma once
 #include <thread>
 #include <vector>

@@ -37,7 +37,7 @@ class Poisoned {
   std::vector<float> all_;
 };
 
-// Index (from the start of the buffer) of the first float that changed although no element of the views lies there; -1 if none.
+// Index, from the start of the buffer, of the first float that changed although no element of the views lies there, or -1.
 template <int Rank>
 index_t first_overwritten(const Poisoned& buffer, std::initializer_list<fovea::View<float, Rank>> views) {
   std::vector<bool> owned(buffer.everything().size(), false);

@@ -27,8 +27,8 @@ inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 enum class Layout { bshd, bhsd, packed_qkv, interleaved_kv, padded };
-enum class Share { none, all, sequences, heads, rows };   // which axes of a bias or a keep mask are broadcast; none = no mask at all
-                                                          // `all` means: every axis is present
+// A bias or a keep mask: absent, written out in full, or with one axis of extent 1.
+enum class Share { absent, full, sequences, heads, rows };
 enum class Pool { serial, threads, reversed, one_after_other };
 
 inline const char* name(Layout x) {
@@ -57,19 +57,19 @@ struct Problem {
   Layout layout = Layout::bhsd;
   bool is_ragged = false;
   index_t q_heads = 1, kv_heads = 1, dim_qk = 8, dim_v = 8;
-  std::vector<index_t> len_q{4};        // [sequence]; all equal unless ragged
-  std::vector<index_t> stored_k{4};     // [sequence]; all equal unless ragged
-  std::vector<index_t> len_k{};         // [sequence]; empty = stored_k
+  std::vector<index_t> len_q{4};      // [sequence]; all equal unless ragged
+  std::vector<index_t> stored_k{4};   // [sequence]; all equal unless ragged
+  std::vector<index_t> len_k{};       // [sequence]; empty = stored_k
 
   std::optional<float> scale{};
-  float q_spread = 1;                   // standard deviation of the queries
+  float q_spread = 1;   // standard deviation of the queries
   Causal causal = Causal::none;
   Window window{};
   float softcap = 0;
   std::vector<index_t> q_offset{};
   bool alibi = false, sink = false, lse = true;
-  Share bias = Share::none, keep = Share::none;
-  bool bias_masks = false;              // a quarter of the bias is -inf
+  Share bias = Share::absent, keep = Share::absent;
+  bool bias_masks = false;   // a quarter of the bias is -inf
   bool nan_in_live_key = false, nan_in_live_value = false;
 
   Regime regime = Regime::automatic;
@@ -102,7 +102,8 @@ inline std::string describe(const Problem& p) {
                 static_cast<unsigned long long>(p.seed), name(p.layout), p.is_ragged ? " ragged" : "", p.q_heads, p.kv_heads,
                 p.dim_qk, p.dim_v, list(p.len_q).c_str(), list(p.stored_k).c_str(), list(p.len_k).c_str());
   std::string all = text;
-  std::snprintf(text, sizeof text, "scale %s, q_spread %g, causal %s, window %td..%td, softcap %g, q_offset %s, alibi %d, sink %d, ",
+  std::snprintf(text, sizeof text,
+                "scale %s, q_spread %g, causal %s, window %td..%td, softcap %g, q_offset %s, alibi %d, sink %d, ",
                 p.scale ? std::to_string(*p.scale).c_str() : "default", double{p.q_spread}, name(p.causal), p.window.left,
                 p.window.right, double{p.softcap}, list(p.q_offset).c_str(), p.alibi, p.sink);
   all += text;
@@ -122,10 +123,12 @@ struct Dense4 {
     if (values.empty()) return {};
     return {values.data(), extent, {extent[1] * extent[2] * extent[3], extent[2] * extent[3], extent[3], 1}};
   }
-  T& at(index_t s, index_t h, index_t i, index_t j) {
-    const index_t index = ((s % extent[0] * extent[1] + h % extent[1]) * extent[2] + i % extent[2]) * extent[3] + j;
-    return values[static_cast<std::size_t>(index)];
+  std::size_t index(index_t s, index_t h, index_t i, index_t j) const {
+    const index_t row = (s % extent[0] * extent[1] + h % extent[1]) * extent[2] + i % extent[2];
+    return static_cast<std::size_t>(row * extent[3] + j);
   }
+  T& at(index_t s, index_t h, index_t i, index_t j) { return values[index(s, h, i, j)]; }
+  const T& at(index_t s, index_t h, index_t i, index_t j) const { return values[index(s, h, i, j)]; }
 };
 
 // The tensors of a problem. Whatever no row may read is NaN: gaps between rows, slots beyond a sequence's keys, K and V of
@@ -152,8 +155,8 @@ class Instance {
     if (p.causal != Causal::none && distance > 0) return false;
     if (p.window.left >= 0 && -distance > p.window.left) return false;
     if (p.window.right >= 0 && distance > p.window.right) return false;
-    if (p.keep != Share::none && const_cast<Dense4<std::uint8_t>&>(keep_).at(sequence, head, i, j) == 0) return false;
-    return p.bias == Share::none || const_cast<Dense4<float>&>(bias_).at(sequence, head, i, j) != -kInfinity;
+    if (p.keep != Share::absent && keep_.at(sequence, head, i, j) == 0) return false;
+    return p.bias == Share::absent || bias_.at(sequence, head, i, j) != -kInfinity;
   }
 
   AttentionOptions options() const {
@@ -229,11 +232,11 @@ class Instance {
 
   template <class T, class Draw>
   void fill_mask(Dense4<T>& mask, Share share, T beyond, Draw draw) {
-    if (share == Share::none) return;
+    if (share == Share::absent) return;
     const index_t longest_q = *std::max_element(p.len_q.begin(), p.len_q.end());
     const index_t longest_k = *std::max_element(p.stored_k.begin(), p.stored_k.end());
-    mask.extent = {share == Share::sequences ? 1 : static_cast<index_t>(p.sequences()), share == Share::heads ? 1 : p.q_heads,
-                   share == Share::rows ? 1 : longest_q, longest_k};
+    mask.extent = {share == Share::sequences ? 1 : static_cast<index_t>(p.sequences()),
+                   share == Share::heads ? 1 : p.q_heads, share == Share::rows ? 1 : longest_q, longest_k};
     const index_t count = mask.extent[0] * mask.extent[1] * mask.extent[2] * mask.extent[3];
     // One element at least, so that an empty problem still passes a mask.
     mask.values.assign(static_cast<std::size_t>(std::max(count, index_t{1})), beyond);
@@ -303,10 +306,14 @@ struct Pools {
 
   fovea::Executor get(Pool pool, int lanes) {
     switch (pool) {
-      case Pool::threads: return {threads, lanes};
-      case Pool::reversed: return {reversed, lanes};
-      case Pool::one_after_other: return {one_after_other, lanes};
-      case Pool::serial: break;
+      case Pool::threads:
+        return {threads, lanes};
+      case Pool::reversed:
+        return {reversed, lanes};
+      case Pool::one_after_other:
+        return {one_after_other, lanes};
+      case Pool::serial:
+        break;
     }
     return {in_order, lanes};
   }
@@ -352,12 +359,12 @@ struct Worst {
 
 inline Worst compare(const Expected& e, Tensor<const float> out, View<const float, 3> lse) {
   Worst worst;
-  const auto note = [&](double budgets, const char* what, index_t b, index_t h, index_t i, index_t d, double got, double want,
-                        double budget) {
+  const auto note = [&](double budgets, const char* what, index_t b, index_t h, index_t i, index_t d, double got,
+                        double want, double budget) {
     if (!(budgets > worst.budgets)) return;
     char text[256];
-    std::snprintf(text, sizeof text, "%s[batch %td, head %td, pos %td, dim %td] = %.9g, expected %.9g +- %.3g", what, b, h, i, d, got,
-                  want, budget);
+    std::snprintf(text, sizeof text, "%s[batch %td, head %td, pos %td, dim %td] = %.9g, expected %.9g +- %.3g", what, b, h,
+                  i, d, got, want, budget);
     worst = {budgets, text};
   };
   for (index_t b = 0; b < out.extent[0]; ++b) {

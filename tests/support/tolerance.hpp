@@ -15,14 +15,15 @@ using fovea::index_t;
 using fovea::Tensor;
 using fovea::View;
 
-inline constexpr double kUnit = 0x1p-24;    // unit roundoff of fp32: one rounded operation is off by at most kUnit relative
-inline constexpr double kExpUnits = 4;      // exp is within 2 ULP
-inline constexpr double kTanhUnits = 8;     // tanh is within 4 ULP of its value
+inline constexpr double kUnit = 0x1p-24;   // unit roundoff of fp32: one rounded operation is off by at most kUnit relative
+inline constexpr double kExpUnits = 4;     // exp is within 2 ULP
+inline constexpr double kTanhUnits = 8;    // tanh is within 4 ULP of its value
 inline constexpr double kLogUnits = 4;
-inline constexpr double kSmallestTile = 64; // keys per running-maximum step, at least
+inline constexpr double kSmallestTile = 64;   // keys per running-maximum step, at least
 
 // Absolute error of one score in natural units.
-inline double score_error(const fovea::reference::SoftmaxTerm& term, index_t dim_qk, const AttentionOptions& options, double max) {
+inline double score_error(const fovea::reference::SoftmaxTerm& term, index_t dim_qk, const AttentionOptions& options,
+                          double max) {
   const double dot = (static_cast<double>(dim_qk) + 6) * term.dots;
   const double cap = options.softcap > 0 ? (kTanhUnits + 4) * std::min(double{options.softcap}, term.dots) : 0;
   return kUnit * (dot + cap + 6 * term.added + 4 * (std::abs(term.score) + std::abs(max)));
@@ -36,16 +37,22 @@ inline double sum_error(index_t terms, index_t keys) {
 
 struct Expected {
   index_t q_heads, total, dim_v;
-  std::vector<double> out, out_error;    // [batch, q_head, pos, dim_v]
-  std::vector<double> lse, lse_error;    // [batch, q_head, pos]
+  std::vector<double> out, out_error;   // [batch, q_head, pos, dim_v]
+  std::vector<double> lse, lse_error;   // [batch, q_head, pos]
 };
 
 // The reference's result with the error budget of every element.
-inline Expected expect(Tensor<const float> q, Tensor<const float> k, Tensor<const float> v, const AttentionOptions& options) {
+inline Expected expect(Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
+                       const AttentionOptions& options) {
   const index_t batch = q.extent[0], heads = q.extent[1], len = q.extent[2], dim_v = v.extent[3];
   const index_t group = heads / k.extent[1];
   const auto rows = static_cast<std::size_t>(batch * heads * len), values = rows * static_cast<std::size_t>(dim_v);
-  Expected e{heads, len, dim_v, std::vector<double>(values), std::vector<double>(values), std::vector<double>(rows),
+  Expected e{heads,
+             len,
+             dim_v,
+             std::vector<double>(values),
+             std::vector<double>(values),
+             std::vector<double>(rows),
              std::vector<double>(rows)};
   const Tensor<double> out = fovea::bhsd(e.out.data(), batch, heads, len, dim_v);
   const View<double, 3> lse{e.lse.data(), {batch, heads, len}, {heads * len, len, 1}};
@@ -76,12 +83,13 @@ inline Expected expect(Tensor<const float> q, Tensor<const float> k, Tensor<cons
       // Weights below the smallest normal may be flushed to zero: 2^-126 of each value, far below any value used in tests.
       e.out_error[at * static_cast<std::size_t>(dim_v) + d] = spread[d] + common * magnitude[d] + 1e-30;
     }
-    e.lse_error[at] = std::isfinite(row.lse) ? common + kUnit * (kLogUnits * 16 + 4 * (std::abs(row.max) + std::abs(row.lse))) : 0;
+    e.lse_error[at] =
+        std::isfinite(row.lse) ? common + kUnit * (kLogUnits * 16 + 4 * (std::abs(row.max) + std::abs(row.lse))) : 0;
   });
   return e;
 }
 
-// |got - expected| in units of the budget; NaN where NaN is due and equal infinities count as 0, anything else unlike as infinite.
+// |got - expected| in units of the budget. NaN where NaN is due and equal infinities count as 0, other mismatches as infinite.
 inline double in_budgets(double got, double expected, double budget) {
   if (std::isnan(expected) || std::isnan(got)) {
     return std::isnan(expected) == std::isnan(got) ? 0 : std::numeric_limits<double>::infinity();

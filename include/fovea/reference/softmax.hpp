@@ -26,9 +26,9 @@ struct SoftmaxTerm {
 // What one row did; the terms are in the order of their keys and live until the hook returns.
 struct SoftmaxRow {
   index_t sequence, q_head, q_index;
-  index_t batch, pos_q, first_k;        // where the row and key 0 of its sequence lie in the views
+  index_t batch, pos_q, first_k;   // where the row and key 0 of its sequence lie in the views
   std::span<const SoftmaxTerm> terms;
-  double max, sink, lse;                // sink is -inf without one
+  double max, sink, lse;   // sink is -inf without one
 };
 
 // The part of the views that belongs to one sequence.
@@ -113,7 +113,7 @@ void softmax(Tensor<const float> q, Tensor<const float> k, Tensor<const float> v
         }
 
         const double reference = max == -infinity ? 0 : max;
-        double sum = std::exp(sink - reference);
+        double sum = sink == reference ? 1 : std::exp(sink - reference);   // an infinite sink takes everything
         for (SoftmaxTerm& term : terms) sum += term.weight = std::exp(term.score - reference);
         std::fill(sum_v.begin(), sum_v.end(), 0.);
         for (SoftmaxTerm& term : terms) {

@@ -28,7 +28,7 @@ FOVEA_INLINE float exp2(float t) { return first_lane(exp2(f32(t))); }
 // tanh(x). |x| < 0.625: odd polynomial, relative error 4.4e-9 before rounding. Beyond: 1 - 2 / (1 + e^2|x|). A vector whose lanes
 // are all small skips the second form; the select keeps every lane's value independent of its neighbours.
 FOVEA_INLINE f32 tanh(f32 x) {
-  const f32 magnitude = xsimd::abs(x), square = x * x;
+  const f32 magnitude = abs(x), square = x * x;
   f32 p = fma(square, f32(-0.005704984998f), f32(0.02063908614f));
   p = fma(square, p, f32(-0.05373971536f));
   p = fma(square, p, f32(0.1333144158f));

@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../core/shapes.hpp"
 #include "register_budget.hpp"
@@ -28,61 +29,59 @@ inline void prefetch_rows(const Segment& rows, index_t row_bytes) {
 
 // How far ahead in bytes, in whole rows: the next rows may be far apart (token-major storage).
 FOVEA_INLINE index_t prefetch_distance(index_t row_stride, index_t row_bytes) {
+  if (row_stride == row_bytes) return kPrefetchBytes;
   return std::max<index_t>(kPrefetchBytes / std::max<index_t>(row_bytes, 1), 1) * row_stride;
 }
 
+// to[r * to_stride + 0 .. 3] = q[r] . the keys at key + offset[0 .. 3].
 template <int Rows, class Codec>
-FOVEA_INLINE void score_block(const Codec& codec, const float* q, index_t q_stride, const std::byte* const (&keys)[kStreamKeys],
-                              index_t ahead, index_t dim, float (&to)[Rows][kStreamKeys]) {
+FOVEA_INLINE void score_block(const Codec& codec, const float* q, index_t q_stride, const std::byte* key,
+                              const index_t (&offset)[kStreamKeys], index_t ahead, index_t dim, float* to, index_t to_stride) {
   f32 sum[Rows][kStreamKeys];
   FOVEA_UNROLL
   for (int r = 0; r < Rows; ++r) {
     FOVEA_UNROLL
     for (int j = 0; j < kStreamKeys; ++j) sum[r][j] = f32(0.f);
   }
+  const auto add = [&](index_t d, const auto& load_key) {
+    f32 part[kStreamKeys];
+    FOVEA_UNROLL
+    for (int j = 0; j < kStreamKeys; ++j) part[j] = load_key(key + offset[j]);
+    FOVEA_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      const f32 query = load(q + r * q_stride + d);
+      FOVEA_UNROLL
+      for (int j = 0; j < kStreamKeys; ++j) sum[r][j] = fma(query, part[j], sum[r][j]);
+    }
+  };
   index_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
-    f32 key[kStreamKeys];
-    FOVEA_UNROLL
-    for (int j = 0; j < kStreamKeys; ++j) {
-      key[j] = codec.load(keys[j], d);
-      prefetch(keys[j] + d * Codec::kBytes, ahead);
-    }
-    FOVEA_UNROLL
-    for (int r = 0; r < Rows; ++r) {
-      const f32 query = load(q + r * q_stride + d);
-      FOVEA_UNROLL
-      for (int j = 0; j < kStreamKeys; ++j) sum[r][j] = fma(query, key[j], sum[r][j]);
-    }
+    add(d, [&](const std::byte* row) {
+      prefetch(row + d * Codec::kBytes, ahead);
+      return codec.load(row, d);
+    });
   }
-  if (d < dim) {
-    f32 key[kStreamKeys];
-    FOVEA_UNROLL
-    for (int j = 0; j < kStreamKeys; ++j) key[j] = codec.load_some(keys[j], d, dim - d);
-    FOVEA_UNROLL
-    for (int r = 0; r < Rows; ++r) {
-      const f32 query = load(q + r * q_stride + d);
-      FOVEA_UNROLL
-      for (int j = 0; j < kStreamKeys; ++j) sum[r][j] = fma(query, key[j], sum[r][j]);
-    }
-  }
+  if (d < dim) add(d, [&](const std::byte* row) { return codec.load_some(row, d, dim - d); });
   FOVEA_UNROLL
-  for (int r = 0; r < Rows; ++r) reduce_add4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], to[r]);
+  for (int r = 0; r < Rows; ++r) reduce_add4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], to + r * to_stride);
 }
 
 template <int Rows, class Codec>
 FOVEA_NOINLINE void stream_scores_rows(const Codec& codec, const float* q, index_t q_stride, const std::byte* rows,
                                        index_t row_stride, index_t count, index_t dim, float* s) {
   const index_t ahead = prefetch_distance(row_stride, dim * Codec::kBytes);
-  float block[Rows][kStreamKeys];
-  for (index_t j = 0; j < count; j += kStreamKeys) {
-    const index_t here = std::min(kStreamKeys, count - j);
-    const std::byte* keys[kStreamKeys];
-    for (index_t i = 0; i < kStreamKeys; ++i) keys[i] = rows + (j + std::min(i, here - 1)) * row_stride;
-    score_block<Rows>(codec, q, q_stride, keys, ahead, dim, block);
-    for (int r = 0; r < Rows; ++r) {
-      for (index_t i = 0; i < here; ++i) s[r * kScoreStride + j + i] = block[r][i];
-    }
+  const index_t whole[kStreamKeys] = {0, row_stride, 2 * row_stride, 3 * row_stride};
+  index_t j = 0;
+  for (; j + kStreamKeys <= count; j += kStreamKeys, rows += kStreamKeys * row_stride)
+    score_block<Rows>(codec, q, q_stride, rows, whole, ahead, dim, s + j, kScoreStride);
+  if (j == count) return;
+  // The last keys: the same kernel on repeated rows, so that their bits are those of whole blocks.
+  index_t last[kStreamKeys];
+  for (index_t i = 0; i < kStreamKeys; ++i) last[i] = std::min(i, count - j - 1) * row_stride;
+  float block[Rows * kStreamKeys];
+  score_block<Rows>(codec, q, q_stride, rows, last, ahead, dim, block, kStreamKeys);
+  for (int r = 0; r < Rows; ++r) {
+    for (index_t i = 0; i < count - j; ++i) s[r * kScoreStride + j + i] = block[r * kStreamKeys + i];
   }
 }
 
@@ -133,7 +132,8 @@ FOVEA_INLINE void weigh_columns(const Codec& codec, const float* p, const std::b
 template <int Rows, class Codec>
 FOVEA_NOINLINE void stream_weigh_rows(const Codec& codec, const float* p, const std::byte* rows, index_t row_stride,
                                       index_t count, index_t dim, const float* rescale, float* acc, index_t acc_stride) {
-  constexpr int kWide = static_cast<int>(kStreamAccumulators / Rows);
+  // Columns at once, in vectors: as many chains as the registers hold, at most the 8 that a dim of 128 has.
+  constexpr int kWide = kStreamAccumulators / Rows >= 8 ? 8 : kStreamAccumulators / Rows >= 4 ? 4 : 2;
   constexpr index_t kRun = 32;   // keys per pass over the columns: 16 KiB at dim 128, so the second pass reads the L1 cache
   const index_t ahead = prefetch_distance(row_stride, dim * Codec::kBytes);
   const float keep[kStreamRows] = {1.f, 1.f, 1.f, 1.f};
@@ -142,10 +142,14 @@ FOVEA_NOINLINE void stream_weigh_rows(const Codec& codec, const float* p, const 
     const std::byte* const run = rows + first * row_stride;
     const float* const factor = first == 0 ? rescale : keep;
     index_t d = 0;
-    for (; d + kWide * kLanes <= dim; d += kWide * kLanes)
-      weigh_columns<Rows, kWide>(codec, p + first, run, row_stride, ahead, here, d, factor, acc, acc_stride);
-    for (; d + kLanes <= dim; d += kLanes)
-      weigh_columns<Rows, 1>(codec, p + first, run, row_stride, ahead, here, d, factor, acc, acc_stride);
+    const auto columns = [&]<int Vectors>(std::integral_constant<int, Vectors>) {
+      for (; d + Vectors * kLanes <= dim; d += Vectors * kLanes)
+        weigh_columns<Rows, Vectors>(codec, p + first, run, row_stride, ahead, here, d, factor, acc, acc_stride);
+    };
+    columns(std::integral_constant<int, kWide>{});
+    if constexpr (kWide >= 8) columns(std::integral_constant<int, 4>{});
+    if constexpr (kWide >= 4) columns(std::integral_constant<int, 2>{});
+    columns(std::integral_constant<int, 1>{});
     if (d < dim) {
       for (int r = 0; r < Rows; ++r) {
         f32 sum = load(acc + r * acc_stride + d) * f32(factor[r]);

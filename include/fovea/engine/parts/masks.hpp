@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -85,26 +86,68 @@ struct StoredMask {
 
   FOVEA_INLINE KeyRange hull(std::span<const Row>) const { return {0, PTRDIFF_MAX}; }
 
-  // 12 rows x 256 floats: about 200 loads against 12,000 FMAs (dim 128) of the tile it may save.
+  // One look at 12 rows x 256 floats: about 200 loads against 12,000 FMAs (dim 128) of the tile it may save. It also fetches the rows
+  // that the engine asks about next, which are too short for the hardware's prefetcher.
   FOVEA_INLINE Cover cover(const Tile& tile) const {
     bool live = false, dead = false;
-    const std::uint8_t* seen_keep = nullptr;
-    const float* seen_bias = nullptr;
+    const index_t count = tile.k_end - tile.k_begin, next_rows = tile.rows.back().q_index - tile.rows.front().q_index + 1;
+    const Row* seen = nullptr;
     for (const Row& row : tile.rows) {
-      const Lane lane = at(row);
-      if (lane.keep == seen_keep && lane.bias == seen_bias && (seen_keep != nullptr || seen_bias != nullptr)) continue;
-      seen_keep = lane.keep;
-      seen_bias = lane.bias;
-      for (index_t j = tile.k_begin; j < tile.k_end; j += kLanes) {
-        const index_t here = std::min(kLanes, tile.k_end - j);
-        const keep_t inside = as_keep(lane_numbers() < i32(static_cast<std::int32_t>(here)));
-        const keep_t visible = lane(i32(static_cast<std::int32_t>(j)));
-        live = live || xsimd::any(visible & inside);
-        dead = dead || !xsimd::all(visible | !inside);
+      if (seen != nullptr && at(*seen).keep == at(row).keep && at(*seen).bias == at(row).bias) continue;
+      seen = &row;
+      Found found{true, false};
+      if (keep) {
+        const std::uint8_t* const from = mask_row(keep, row) + tile.k_begin * keep.stride[3];
+        found = look(from, keep.stride[3], count);
+        prefetch_run(from, next_rows * keep.stride[2], count);
       }
-      if (live && dead) return Cover::partial;
+      if (bias && found.live) {
+        const float* const from = mask_row(bias, row) + tile.k_begin * bias.stride[3];
+        const Found finite = look(from, bias.stride[3], count);
+        prefetch_run(from, next_rows * bias.stride[2] * 4, count * 4);
+        // Where both mask some keys, the union may be anything: call it partial.
+        found = {finite.live, found.dead || finite.dead};
+      }
+      live = live || found.live;
+      dead = dead || found.dead;
     }
-    return live ? Cover::full : Cover::skip;
+    return !live ? Cover::skip : dead ? Cover::partial : Cover::full;
+  }
+
+ private:
+  struct Found {
+    bool live, dead;
+  };
+  FOVEA_INLINE static Found look(const std::uint8_t* from, index_t stride, index_t count) {
+    if (stride == 1) {
+      const bool dead = std::memchr(from, 0, static_cast<std::size_t>(count)) != nullptr;
+      bool live = !dead || from[0] != 0;
+      for (index_t j = 0; !live && j < count; ++j) live = from[j] != 0;
+      return {live, dead};
+    }
+    Found found{false, false};
+    for (index_t j = 0; j < count; ++j) (from[j * stride] != 0 ? found.live : found.dead) = true;
+    return found;
+  }
+  FOVEA_INLINE static Found look(const float* from, index_t stride, index_t count) {
+    const float masked = -std::numeric_limits<float>::infinity();
+    Found found{false, false};
+    index_t j = 0;
+    if (stride == 1 && count >= kLanes) {
+      keep_t all_live = f32(0.f) == f32(0.f), all_dead = all_live;
+      for (; j + kLanes <= count; j += kLanes) {
+        const f32 b = load(from + j);
+        all_live = all_live & (b != f32(masked));
+        all_dead = all_dead & (b == f32(masked));
+      }
+      found = {!xsimd::all(all_dead), !xsimd::all(all_live)};
+    }
+    for (; j < count; ++j) (from[j * stride] != masked ? found.live : found.dead) = true;
+    return found;
+  }
+  // May lie beyond the mask: a prefetch of nowhere does nothing.
+  FOVEA_INLINE static void prefetch_run(const void* from, index_t ahead, index_t bytes) {
+    for (index_t at = 0; at < bytes; at += 64) prefetch(static_cast<const std::byte*>(from), ahead + at);
   }
 };
 

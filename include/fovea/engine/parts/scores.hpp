@@ -30,7 +30,7 @@ struct Alibi {
     float minus_slope;
     std::int32_t pos;
     FOVEA_INLINE f32 operator()(f32 s, i32 key) const {
-      return minus_slope == 0.f ? s : fma(f32(minus_slope), xsimd::abs(xsimd::to_float(key - i32(pos))), s);
+      return minus_slope == 0.f ? s : fma(f32(minus_slope), abs(to_float(key - i32(pos))), s);
     }
   };
   FOVEA_INLINE Lane at(const Row& row) const {

@@ -19,6 +19,9 @@ FOVEA_INLINE __m256i first_lanes(index_t count) {
 FOVEA_INLINE f32 load_some(const float* from, index_t count) { return _mm256_maskload_ps(from, first_lanes(count)); }
 FOVEA_INLINE void store_some(float* to, f32 v, index_t count) { _mm256_maskstore_ps(to, first_lanes(count), v); }
 
+FOVEA_INLINE f32 to_float(i32 v) { return _mm256_cvtepi32_ps(v); }
+FOVEA_INLINE f32 abs(f32 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), v); }
+
 FOVEA_INLINE float first_lane(f32 v) { return _mm256_cvtss_f32(v); }
 FOVEA_INLINE std::int32_t first_lane(i32 v) { return _mm_cvtsi128_si32(_mm256_castsi256_si128(v)); }
 

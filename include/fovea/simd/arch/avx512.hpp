@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX-512 (F, DQ, BW, VL). xsimd 8.1 has no FMA for it, and exp2 is two instructions shorter with vreduceps and vscalefps.
+// AVX-512 (F, DQ, BW, VL). xsimd 8.1 has no FMA for it and converts int32 to float lane
+// by lane; exp2 is shorter with vreduceps and vscalefps.
 #pragma once
 #include <immintrin.h>
 
@@ -23,6 +24,9 @@ FOVEA_INLINE f32 fma_from_memory(const float* a, f32 b, f32 c) {
 FOVEA_INLINE __mmask16 first_lanes(index_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
 FOVEA_INLINE f32 load_some(const float* from, index_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), from); }
 FOVEA_INLINE void store_some(float* to, f32 v, index_t count) { _mm512_mask_storeu_ps(to, first_lanes(count), v); }
+
+FOVEA_INLINE f32 to_float(i32 v) { return _mm512_cvtepi32_ps(v); }
+FOVEA_INLINE f32 abs(f32 v) { return _mm512_abs_ps(v); }
 
 FOVEA_INLINE float first_lane(f32 v) { return _mm512_cvtss_f32(v); }
 FOVEA_INLINE std::int32_t first_lane(i32 v) { return _mm_cvtsi128_si32(_mm512_castsi512_si128(v)); }

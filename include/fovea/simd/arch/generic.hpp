@@ -22,6 +22,9 @@ FOVEA_INLINE void store_some(float* to, f32 v, index_t count) {
   for (index_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
+FOVEA_INLINE f32 to_float(i32 v) { return xsimd::to_float(v); }
+FOVEA_INLINE f32 abs(f32 v) { return xsimd::abs(v); }
+
 FOVEA_INLINE float first_lane(f32 v) { return v.get(0); }
 FOVEA_INLINE std::int32_t first_lane(i32 v) {
   alignas(i32) std::int32_t lanes[kLanes];
