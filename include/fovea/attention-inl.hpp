@@ -32,14 +32,16 @@ inline index_t count_sequences(const AttentionShape& shape, const AttentionOptio
 inline Status check_shape(const AttentionShape& s) {
   if (s.batch < 0 || s.len_q < 0 || s.len_k < 0)
     return invalid("fovea: negative extent: batch %td, len_q %td, len_k %td", s.batch, s.len_q, s.len_k);
-  if (s.q_heads < 1 || s.kv_heads < 1) return invalid("fovea: q heads (%td) and kv heads (%td) must be positive", s.q_heads, s.kv_heads);
-  if (s.q_heads % s.kv_heads != 0) return invalid("fovea: kv heads (%td) do not divide q heads (%td)", s.kv_heads, s.q_heads);
+  if (s.q_heads < 1 || s.kv_heads < 1)
+    return invalid("fovea: q heads (%td) and kv heads (%td) must be positive", s.q_heads, s.kv_heads);
+  if (s.q_heads % s.kv_heads != 0)
+    return invalid("fovea: kv heads (%td) do not divide q heads (%td)", s.kv_heads, s.q_heads);
   if (s.dim_qk < 1 || s.dim_v < 1) return invalid("fovea: dims must be positive: dim_qk %td, dim_v %td", s.dim_qk, s.dim_v);
   if (s.dim_qk > kMaxDim || s.dim_v > kMaxDim)
     return unsupported("fovea: dims up to %td are supported: dim_qk %td, dim_v %td", kMaxDim, s.dim_qk, s.dim_v);
   if (s.len_q > kMaxLength || s.len_k > kMaxLength || s.q_heads > kMaxLength || s.batch > kMaxLength)
-    return unsupported("fovea: extents up to %td are supported: batch %td, q heads %td, len_q %td, len_k %td", kMaxLength, s.batch,
-                       s.q_heads, s.len_q, s.len_k);
+    return unsupported("fovea: extents up to %td are supported: batch %td, q heads %td, len_q %td, len_k %td", kMaxLength,
+                       s.batch, s.q_heads, s.len_q, s.len_k);
   return {};
 }
 
@@ -47,7 +49,8 @@ inline Status check_shape(const AttentionShape& s) {
 inline Status check_cumulative(const char* name, std::span<const index_t> cu, index_t stored) {
   if (cu.front() != 0) return invalid("fovea: %s[0] is %td, must be 0", name, cu.front());
   for (std::size_t i = 1; i < cu.size(); ++i) {
-    if (cu[i] < cu[i - 1]) return invalid("fovea: %s[%zu] = %td is less than %s[%zu] = %td", name, i, cu[i], name, i - 1, cu[i - 1]);
+    if (cu[i] < cu[i - 1])
+      return invalid("fovea: %s[%zu] = %td is less than %s[%zu] = %td", name, i, cu[i], name, i - 1, cu[i - 1]);
   }
   if (cu.back() > stored) return invalid("fovea: %s ends at %td, the tensor has %td positions", name, cu.back(), stored);
   return {};
@@ -55,8 +58,8 @@ inline Status check_cumulative(const char* name, std::span<const index_t> cu, in
 
 inline Status check_tables(const AttentionShape& s, const AttentionOptions& o) {
   if (o.cu_len_q.empty() != o.cu_len_k.empty())
-    return invalid("fovea: cu_len_q (%zu entries) and cu_len_k (%zu entries) are given together or not at all", o.cu_len_q.size(),
-                   o.cu_len_k.size());
+    return invalid("fovea: cu_len_q (%zu entries) and cu_len_k (%zu entries) are given together or not at all",
+                   o.cu_len_q.size(), o.cu_len_k.size());
   if (!o.cu_len_q.empty()) {
     if (s.batch != 1) return invalid("fovea: a ragged call has batch 1 and its sequences along pos; batch is %td", s.batch);
     if (o.cu_len_q.size() != o.cu_len_k.size())
@@ -145,22 +148,6 @@ bool bytes_of(const View<T, Rank>& view, Bytes& bytes) {
   return true;
 }
 
-// Two indices of an output never name the same element: sorted by stride, each axis steps over all smaller ones.
-template <class T, int Rank>
-bool writes_apart(const View<T, Rank>& view) {
-  std::array<std::size_t, Rank> order;
-  for (std::size_t axis = 0; axis < Rank; ++axis) order[axis] = axis;
-  const auto size = [&](std::size_t axis) { return std::abs(view.stride[axis]); };
-  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return size(a) != size(b) ? size(a) < size(b) : a < b; });
-  index_t covered = 0;
-  for (const std::size_t axis : order) {
-    if (view.extent[axis] <= 1) continue;
-    if (size(axis) <= covered) return false;
-    covered += (view.extent[axis] - 1) * size(axis);
-  }
-  return true;
-}
-
 template <class T, int Rank>
 bool is_empty(const View<T, Rank>& view) {
   for (const index_t extent : view.extent) {
@@ -169,12 +156,30 @@ bool is_empty(const View<T, Rank>& view) {
   return false;
 }
 
+// Two indices of an output never name the same element: sorted by stride, each axis steps over all smaller ones.
+template <class T, int Rank>
+bool writes_apart(const View<T, Rank>& view) {
+  std::array<std::size_t, Rank> order;
+  for (std::size_t axis = 0; axis < Rank; ++axis) order[axis] = axis;
+  const auto size = [&](std::size_t axis) { return std::abs(view.stride[axis]); };
+  std::sort(order.begin(), order.end(),
+            [&](std::size_t a, std::size_t b) { return size(a) != size(b) ? size(a) < size(b) : a < b; });
+  index_t covered = 0;
+  if (is_empty(view)) return true;
+  for (const std::size_t axis : order) {
+    if (view.extent[axis] <= 1) continue;
+    if (size(axis) <= covered) return false;
+    covered += (view.extent[axis] - 1) * size(axis);
+  }
+  return true;
+}
+
 template <class T, class U>
 Status check_extents(const char* name, const View<T, 4>& view, const std::array<index_t, 4>& want, const char* against,
                      const View<U, 4>&) {
   if (view.extent == want) return {};
-  return invalid("fovea: %s is [%td, %td, %td, %td], must be [%td, %td, %td, %td] to fit %s", name, view.extent[0], view.extent[1],
-                 view.extent[2], view.extent[3], want[0], want[1], want[2], want[3], against);
+  return invalid("fovea: %s is [%td, %td, %td, %td], must be [%td, %td, %td, %td] to fit %s", name, view.extent[0],
+                 view.extent[1], view.extent[2], view.extent[3], want[0], want[1], want[2], want[3], against);
 }
 
 template <class T, int Rank>
@@ -201,8 +206,9 @@ struct OutputBytes {
 
 inline Status check_apart(const OutputBytes& output, const char* name, const Bytes& bytes) {
   if (!output.bytes.overlaps(bytes)) return {};
-  return invalid("fovea: %s [%#zx, %#zx) overlaps %s [%#zx, %#zx)", output.name, static_cast<std::size_t>(output.bytes.begin),
-                 static_cast<std::size_t>(output.bytes.end), name, static_cast<std::size_t>(bytes.begin), static_cast<std::size_t>(bytes.end));
+  return invalid("fovea: %s [%#zx, %#zx) overlaps %s [%#zx, %#zx)", output.name,
+                 static_cast<std::size_t>(output.bytes.begin), static_cast<std::size_t>(output.bytes.end), name,
+                 static_cast<std::size_t>(bytes.begin), static_cast<std::size_t>(bytes.end));
 }
 
 inline AttentionShape shape_of(Tensor<const float> q, Tensor<const float> k, Tensor<const float> v) {
@@ -220,29 +226,36 @@ inline Status check_tensors(Tensor<const float> q, Tensor<const float> k, Tensor
   if (Status s = check_data("keep", o.keep, keep_bytes); o.keep && !s.ok()) return s;
   if (Status s = check_extents("k", k, {q.extent[0], k.extent[1], k.extent[2], q.extent[3]}, "q", q); !s.ok()) return s;
   if (Status s = check_extents("v", v, {k.extent[0], k.extent[1], k.extent[2], v.extent[3]}, "k", k); !s.ok()) return s;
-  if (Status s = check_extents("out", out, {q.extent[0], q.extent[1], q.extent[2], v.extent[3]}, "q and v", q); !s.ok()) return s;
+  if (Status s = check_extents("out", out, {q.extent[0], q.extent[1], q.extent[2], v.extent[3]}, "q and v", q); !s.ok())
+    return s;
   if (Status s = check_innermost("k", k); !s.ok()) return s;
   if (Status s = check_innermost("v", v); !s.ok()) return s;
   if (!writes_apart(out)) {
-    return invalid("fovea: out overlaps itself: extents [%td, %td, %td, %td], strides [%td, %td, %td, %td]", out.extent[0], out.extent[1],
-                   out.extent[2], out.extent[3], out.stride[0], out.stride[1], out.stride[2], out.stride[3]);
+    return invalid("fovea: out overlaps itself: extents [%td, %td, %td, %td], strides [%td, %td, %td, %td]", out.extent[0],
+                   out.extent[1], out.extent[2], out.extent[3], out.stride[0], out.stride[1], out.stride[2], out.stride[3]);
   }
   if (o.lse) {
     if (Status s = check_data("lse", o.lse, lse_bytes); !s.ok()) return s;
     if (o.lse.extent != std::array<index_t, 3>{q.extent[0], q.extent[1], q.extent[2]})
-      return invalid("fovea: lse is [%td, %td, %td], must be [%td, %td, %td]", o.lse.extent[0], o.lse.extent[1], o.lse.extent[2], q.extent[0],
-                     q.extent[1], q.extent[2]);
+      return invalid("fovea: lse is [%td, %td, %td], must be [%td, %td, %td]", o.lse.extent[0], o.lse.extent[1],
+                     o.lse.extent[2], q.extent[0], q.extent[1], q.extent[2]);
     if (!writes_apart(o.lse))
-      return invalid("fovea: lse overlaps itself: strides [%td, %td, %td]", o.lse.stride[0], o.lse.stride[1], o.lse.stride[2]);
+      return invalid("fovea: lse overlaps itself: strides [%td, %td, %td]", o.lse.stride[0], o.lse.stride[1],
+                     o.lse.stride[2]);
     if (Status s = check_apart({"out", out_bytes}, "lse", lse_bytes); !s.ok()) return s;
   }
   const auto span_bytes = [](const auto& span) {
     const auto base = reinterpret_cast<std::uintptr_t>(span.data());
     return Bytes{base, base + span.size_bytes()};
   };
-  const std::pair<const char*, Bytes> inputs[] = {
-      {"q", q_bytes}, {"k", k_bytes}, {"v", v_bytes}, {"bias", bias_bytes}, {"keep", keep_bytes},
-      {"alibi_slopes", span_bytes(o.alibi_slopes)}, {"sink", span_bytes(o.sink)}, {"workspace", span_bytes(o.workspace)}};
+  const std::pair<const char*, Bytes> inputs[] = {{"q", q_bytes},
+                                                  {"k", k_bytes},
+                                                  {"v", v_bytes},
+                                                  {"bias", bias_bytes},
+                                                  {"keep", keep_bytes},
+                                                  {"alibi_slopes", span_bytes(o.alibi_slopes)},
+                                                  {"sink", span_bytes(o.sink)},
+                                                  {"workspace", span_bytes(o.workspace)}};
   for (const auto& [name, bytes] : inputs) {
     if (Status s = check_apart({"out", out_bytes}, name, bytes); !s.ok()) return s;
     if (Status s = check_apart({"lse", lse_bytes}, name, bytes); !s.ok()) return s;
@@ -254,17 +267,18 @@ inline Status check_tensors(Tensor<const float> q, Tensor<const float> k, Tensor
 inline Status check_plan(const Plan& plan, const AttentionShape& s, const AttentionOptions& o) {
   const PlanRequest& r = plan.request;
   if (r.q_heads != s.q_heads || r.kv_heads != s.kv_heads || r.dim_qk != s.dim_qk || r.dim_v != s.dim_v)
-    return invalid("fovea: the plan is for %td/%td heads and dims %td/%td, the call has %td/%td and %td/%td", r.q_heads, r.kv_heads, r.dim_qk,
-                   r.dim_v, s.q_heads, s.kv_heads, s.dim_qk, s.dim_v);
+    return invalid("fovea: the plan is for %td/%td heads and dims %td/%td, the call has %td/%td and %td/%td", r.q_heads,
+                   r.kv_heads, r.dim_qk, r.dim_v, s.q_heads, s.kv_heads, s.dim_qk, s.dim_v);
   const Reach reach = reach_of(o);
   if (r.reach.left != reach.left || r.reach.right != reach.right)
-    return invalid("fovea: the plan is for keys %td left to %td right of the query, the options say %td and %td", r.reach.left, r.reach.right,
-                   reach.left, reach.right);
+    return invalid("fovea: the plan is for keys %td left to %td right of the query, the options say %td and %td",
+                   r.reach.left, r.reach.right, reach.left, reach.right);
   if (static_cast<index_t>(plan.sequences.size()) != count_sequences(s, o))
     return invalid("fovea: the plan is for %zu sequences, the call has %td", plan.sequences.size(), count_sequences(s, o));
   for (std::size_t b = 0; b < plan.sequences.size(); ++b) {
     const Sequence& sequence = plan.sequences[b];
-    if (sequence.batch >= s.batch || sequence.q_begin + sequence.len_q > s.len_q || sequence.k_begin + sequence.len_k > s.len_k)
+    if (sequence.batch >= s.batch || sequence.q_begin + sequence.len_q > s.len_q ||
+        sequence.k_begin + sequence.len_k > s.len_k)
       return invalid("fovea: sequence %zu of the plan (q up to %td, k up to %td) is outside the tensors (%td, %td)", b,
                      sequence.q_begin + sequence.len_q, sequence.k_begin + sequence.len_k, s.len_q, s.len_k);
   }
@@ -308,11 +322,13 @@ auto with_local(const F& f) {
 
 inline Status check_workspace(std::span<std::byte> workspace, std::size_t wanted) {
   if (workspace.size() >= wanted) return {};
-  return Status::error(Code::workspace_too_small, "fovea: workspace has %zu bytes, the plan needs %zu", workspace.size(), wanted);
+  return Status::error(Code::workspace_too_small, "fovea: workspace has %zu bytes, the plan needs %zu", workspace.size(),
+                       wanted);
 }
 
 inline int lanes_for(const Plan& plan, const AttentionOptions& options) {
-  return static_cast<int>(std::min<index_t>(options.executor.lanes(), std::max<index_t>(static_cast<index_t>(plan.tasks.size()), 1)));
+  return static_cast<int>(
+      std::min<index_t>(options.executor.lanes(), std::max<index_t>(static_cast<index_t>(plan.tasks.size()), 1)));
 }
 
 // Everything has been checked.
@@ -334,7 +350,7 @@ inline Status execute(Local& local, const Plan& plan, Tensor<const float> q, Ten
   return {};
 }
 
-}  // namespace door
+}   // namespace door
 
 inline Status supports(const AttentionShape& shape, const AttentionOptions& options) {
   if (Status s = door::check_shape(shape); !s.ok()) return s;
@@ -351,13 +367,17 @@ inline Status make_plan(Plan& plan, const AttentionShape& shape, const Attention
     const auto i = static_cast<std::size_t>(b);
     Sequence sequence{0, shape.len_q, 0, shape.len_k, 0, b};
     if (!options.cu_len_q.empty()) {
-      sequence = {options.cu_len_q[i], options.cu_len_q[i + 1] - options.cu_len_q[i], options.cu_len_k[i],
-                  options.cu_len_k[i + 1] - options.cu_len_k[i], 0, 0};
+      sequence = {options.cu_len_q[i],
+                  options.cu_len_q[i + 1] - options.cu_len_q[i],
+                  options.cu_len_k[i],
+                  options.cu_len_k[i + 1] - options.cu_len_k[i],
+                  0,
+                  0};
     }
     if (!options.len_k.empty()) sequence.len_k = options.len_k[i];
-    sequence.pos = !options.q_offset.empty()                  ? options.q_offset[i]
-                   : options.causal == Causal::bottom_right   ? sequence.len_k - sequence.len_q
-                                                              : 0;
+    sequence.pos = !options.q_offset.empty()                ? options.q_offset[i]
+                   : options.causal == Causal::bottom_right ? sequence.len_k - sequence.len_q
+                                                            : 0;
     plan.sequences.push_back(sequence);
   }
   return plan.build({shape.q_heads, shape.kv_heads, shape.dim_qk, shape.dim_v, reach_of(options), options.regime,
@@ -375,8 +395,8 @@ inline Status attention(Tensor<const float> q, Tensor<const float> k, Tensor<con
   });
 }
 
-inline Status attention(const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v, Tensor<float> out,
-                        const AttentionOptions& options) {
+inline Status attention(const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
+                        Tensor<float> out, const AttentionOptions& options) {
   const AttentionShape shape = door::shape_of(q, k, v);
   if (Status s = door::check_tensors(q, k, v, out, options); !s.ok()) return s;
   if (Status s = supports(shape, options); !s.ok()) return s;
@@ -384,8 +404,8 @@ inline Status attention(const Plan& plan, Tensor<const float> q, Tensor<const fl
   return door::with_local([&](door::Local& local) { return door::execute(local, plan, q, k, v, out, options); });
 }
 
-inline Status prepare(AttentionRun& run, const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
-                      Tensor<float> out, const AttentionOptions& options) {
+inline Status prepare(AttentionRun& run, const Plan& plan, Tensor<const float> q, Tensor<const float> k,
+                      Tensor<const float> v, Tensor<float> out, const AttentionOptions& options) {
   const AttentionShape shape = door::shape_of(q, k, v);
   if (Status s = door::check_tensors(q, k, v, out, options); !s.ok()) return s;
   if (Status s = supports(shape, options); !s.ok()) return s;
@@ -407,10 +427,12 @@ inline Status merge(Tensor<float> out_a, View<float, 3> lse_a, Tensor<const floa
   if (Status s = door::check_extents("out_b", out_b, out_a.extent, "out_a", out_a); !s.ok()) return s;
   const std::array<index_t, 3> rows = {out_a.extent[0], out_a.extent[1], out_a.extent[2]};
   if (lse_a.extent != rows || lse_b.extent != rows) {
-    return door::invalid("fovea: lse_a is [%td, %td, %td] and lse_b [%td, %td, %td], must be [%td, %td, %td]", lse_a.extent[0], lse_a.extent[1],
-                         lse_a.extent[2], lse_b.extent[0], lse_b.extent[1], lse_b.extent[2], rows[0], rows[1], rows[2]);
+    return door::invalid("fovea: lse_a is [%td, %td, %td] and lse_b [%td, %td, %td], must be [%td, %td, %td]",
+                         lse_a.extent[0], lse_a.extent[1], lse_a.extent[2], lse_b.extent[0], lse_b.extent[1],
+                         lse_b.extent[2], rows[0], rows[1], rows[2]);
   }
-  if (!door::writes_apart(out_a) || !door::writes_apart(lse_a)) return door::invalid("fovea: out_a or lse_a overlaps itself");
+  if (!door::writes_apart(out_a) || !door::writes_apart(lse_a))
+    return door::invalid("fovea: out_a or lse_a overlaps itself");
   for (const auto& [name, bytes] : {std::pair{"out_b", b}, std::pair{"lse_b", lb}}) {
     if (Status s = door::check_apart({"out_a", a}, name, bytes); !s.ok()) return s;
     if (Status s = door::check_apart({"lse_a", la}, name, bytes); !s.ok()) return s;
@@ -429,7 +451,9 @@ inline Status merge(Tensor<float> out_a, View<float, 3> lse_a, Tensor<const floa
         }
         // Two infinite sinks cannot be weighed against each other; equal references make them equal.
         const double top = lse > other ? lse : other;
-        const double weight_a = lse == empty ? 0. : static_cast<double>(lse) == top ? 1. : std::exp(static_cast<double>(lse) - top);
+        const double weight_a = lse == empty                      ? 0.
+                                : static_cast<double>(lse) == top ? 1.
+                                                                  : std::exp(static_cast<double>(lse) - top);
         const double weight_b = static_cast<double>(other) == top ? 1. : std::exp(static_cast<double>(other) - top);
         const double sum = weight_a + weight_b;
         const auto share_a = static_cast<float>(weight_a / sum), share_b = static_cast<float>(weight_b / sum);
@@ -444,20 +468,22 @@ inline Status merge(Tensor<float> out_a, View<float, 3> lse_a, Tensor<const floa
   return {};
 }
 
-inline Status attention_weights(Tensor<const float> q, Tensor<const float> k, View<const float, 3> lse, std::span<const WeightRow> rows,
-                                View<float, 2> weights, const AttentionOptions& options) {
+inline Status attention_weights(Tensor<const float> q, Tensor<const float> k, View<const float, 3> lse,
+                                std::span<const WeightRow> rows, View<float, 2> weights, const AttentionOptions& options) {
   door::Bytes q_bytes, k_bytes, lse_bytes, to_bytes;
   if (Status s = door::check_data("q", q, q_bytes); !s.ok()) return s;
   if (Status s = door::check_data("k", k, k_bytes); !s.ok()) return s;
   if (Status s = door::check_data("lse", lse, lse_bytes); !s.ok()) return s;
   if (Status s = door::check_data("weights", weights, to_bytes); !s.ok()) return s;
-  if (Status s = door::check_extents("k", k, {q.extent[0], k.extent[1], k.extent[2], q.extent[3]}, "q", q); !s.ok()) return s;
+  if (Status s = door::check_extents("k", k, {q.extent[0], k.extent[1], k.extent[2], q.extent[3]}, "q", q); !s.ok())
+    return s;
   if (Status s = door::check_innermost("k", k); !s.ok()) return s;
   if (lse.extent != std::array<index_t, 3>{q.extent[0], q.extent[1], q.extent[2]}) {
-    return door::invalid("fovea: lse is [%td, %td, %td], must be [%td, %td, %td]", lse.extent[0], lse.extent[1], lse.extent[2], q.extent[0],
-                         q.extent[1], q.extent[2]);
+    return door::invalid("fovea: lse is [%td, %td, %td], must be [%td, %td, %td]", lse.extent[0], lse.extent[1],
+                         lse.extent[2], q.extent[0], q.extent[1], q.extent[2]);
   }
-  if (!door::writes_apart(weights)) return door::invalid("fovea: weights overlaps itself: strides [%td, %td]", weights.stride[0], weights.stride[1]);
+  if (!door::writes_apart(weights))
+    return door::invalid("fovea: weights overlaps itself: strides [%td, %td]", weights.stride[0], weights.stride[1]);
   for (const auto& [name, bytes] : {std::pair{"q", q_bytes}, std::pair{"k", k_bytes}, std::pair{"lse", lse_bytes}}) {
     if (Status s = door::check_apart({"weights", to_bytes}, name, bytes); !s.ok()) return s;
   }
@@ -470,13 +496,13 @@ inline Status attention_weights(Tensor<const float> q, Tensor<const float> k, Vi
       if (row.sequence < 0 || row.sequence >= static_cast<index_t>(local.plan.sequences.size()) || row.q_head < 0 ||
           row.q_head >= shape.q_heads || row.q_index < 0 ||
           row.q_index >= local.plan.sequences[static_cast<std::size_t>(row.sequence)].len_q)
-        return door::invalid("fovea: rows[%zu] is sequence %td, q head %td, query %td: there is no such row", n, row.sequence, row.q_head,
-                             row.q_index);
+        return door::invalid("fovea: rows[%zu] is sequence %td, q head %td, query %td: there is no such row", n,
+                             row.sequence, row.q_head, row.q_index);
       longest = std::max(longest, local.plan.sequences[static_cast<std::size_t>(row.sequence)].len_k);
     }
     if (weights.extent[0] != static_cast<index_t>(rows.size()) || weights.extent[1] < longest)
-      return door::invalid("fovea: weights is [%td, %td], must be [%zu, at least %td]", weights.extent[0], weights.extent[1], rows.size(),
-                           longest);
+      return door::invalid("fovea: weights is [%td, %td], must be [%zu, at least %td]", weights.extent[0], weights.extent[1],
+                           rows.size(), longest);
     Bump size;
     carve_strip(size, shape.dim_qk, longest);
     const std::span<std::byte> bytes = local.workspace(size.used() + kAlignment);
@@ -496,8 +522,8 @@ inline Status attention_weights(Tensor<const float> q, Tensor<const float> k, Vi
              rows[n + count].q_head / group == rows[n].q_head / group) {
         const WeightRow& row = rows[n + count];
         const Sequence& sequence = local.plan.sequences[static_cast<std::size_t>(row.sequence)];
-        strip[count] = {sequence.pos + row.q_index, row.q_index, static_cast<int>(row.sequence), static_cast<int>(row.q_head),
-                        static_cast<int>(row.q_head / group)};
+        strip[count] = {sequence.pos + row.q_index, row.q_index, static_cast<int>(row.sequence),
+                        static_cast<int>(row.q_head), static_cast<int>(row.q_head / group)};
         row_lse[count] = lse(sequence.batch, row.q_head, sequence.q_begin + row.q_index);
         to[count] = weights.data + static_cast<index_t>(n + count) * weights.stride[0];
         ++count;
@@ -509,6 +535,6 @@ inline Status attention_weights(Tensor<const float> q, Tensor<const float> k, Vi
   });
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

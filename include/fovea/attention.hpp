@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// FRONT DOOR 1: exact softmax attention on the CPU. MHA, MQA, GQA and cross-attention; causal, windowed, ragged, biased, with
-// sinks; prefill and decode. Options and the order of operations: core/attention_options.hpp. Views: core/view.hpp.
+// FRONT DOOR 1: exact softmax attention on the CPU. MHA, MQA, GQA and cross-attention; causal, windowed, ragged, biased,
+// with sinks; prefill and decode. Options and the order of operations: core/attention_options.hpp. Views: core/view.hpp.
 //
 //   fovea::Status status = fovea::attention(q, k, v, out, {.causal = fovea::Causal::bottom_right});
 //
@@ -11,7 +11,7 @@
 // Masked     keys are never multiplied: NaN or Inf in them does not reach an output; in a visible key or a query it does.
 // Empty row  output 0, LSE -inf (with a sink: LSE = sink).
 // Errors     a Status with the offending numbers; on error nothing has been written.
-// Allocates  nothing on a warm call with the library's thread-local workspace, and nothing at all with a plan and a workspace.
+// Allocates  nothing on a warm call with the library's thread-local workspace, nothing at all with a plan and a workspace.
 // Same bits  for any number of lanes, executor, batch around a row, and any chunking of the queries in one forced regime
 //            (docs/numerics.md). Reentrant; concurrent calls share nothing.
 #pragma once
@@ -27,9 +27,9 @@ inline namespace v0 {
 
 // The shape of a call, without its data.
 struct AttentionShape {
-  index_t batch = 1;                   // of the views; a ragged call has batch 1
+  index_t batch = 1;   // of the views; a ragged call has batch 1
   index_t q_heads = 1, kv_heads = 1;
-  index_t len_q = 0, len_k = 0;        // extents of the views along pos
+  index_t len_q = 0, len_k = 0;   // extents of the views along pos
   index_t dim_qk = 0, dim_v = 0;
 };
 
@@ -58,23 +58,24 @@ std::size_t workspace_bytes(const Plan& plan, int lanes = 1);
 Status attention(const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v, Tensor<float> out,
                  const AttentionOptions& options = {});
 
-// For engines that already stand inside a parallel region: prepare once (options.workspace is required, options.executor says
-// how many lanes), then each thread calls run_lane with its own lane. Plan, tensors, tables and workspace must outlive the run.
+// For engines that already stand inside a parallel region: prepare once (options.workspace is required, options.executor
+// says how many lanes), then each thread calls run_lane with its own lane. Plan, tensors, tables and workspace must outlive
+// the run.
 Status prepare(AttentionRun& run, const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
                Tensor<float> out, const AttentionOptions& options);
 void run_lane(AttentionRun& run, int lane);
 
-// out_a, lse_a become the attention over the union of the key sets of a and b. Both are normalised fp32 results with natural-log
-// LSE; a row with LSE -inf is empty, whatever its out holds. A sink belongs to exactly one of the partials.
+// out_a, lse_a become the attention over the union of the key sets of a and b. Both are normalised fp32 results with
+// natural-log LSE; a row with LSE -inf is empty, whatever its out holds. A sink belongs to exactly one of the partials.
 Status merge(Tensor<float> out_a, View<float, 3> lse_a, Tensor<const float> out_b, View<const float, 3> lse_b);
 
-// weights[n, j] = the softmax weight of key j for rows[n], recomputed from the LSE of a call with the same options; 0 for masked keys
-// and beyond the sequence's keys. No len_q x len_k array is made. With a sink the weights add up to less than 1.
-Status attention_weights(Tensor<const float> q, Tensor<const float> k, View<const float, 3> lse, std::span<const WeightRow> rows,
-                         View<float, 2> weights, const AttentionOptions& options = {});
+// weights[n, j] = the softmax weight of key j for rows[n], recomputed from the LSE of a call with the same options; 0 for
+// masked keys and beyond the sequence's keys. No len_q x len_k array is made. With a sink the weights add up to less than 1.
+Status attention_weights(Tensor<const float> q, Tensor<const float> k, View<const float, 3> lse,
+                         std::span<const WeightRow> rows, View<float, 2> weights, const AttentionOptions& options = {});
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea
 
 #include "attention-inl.hpp"

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Policies the library does not ship, run through the engine as it is: a source in two pieces, a normaliser, a mask, a score, a tap.
+// Policies the library does not ship, run through the engine as it is: a source in two pieces, a normaliser, a mask, a
+// score, a tap.
 #include "fovea/mechanisms/softmax.hpp"
 
 #include <cmath>
@@ -21,8 +22,9 @@ struct TwoPieces {
   Where where(const Tile& tile) const {
     const auto pieces = [&](const float* head, const float* rest) {
       const index_t split = std::clamp(border, tile.k_begin, tile.k_end);
-      return std::array<Segment, 2>{Segment{reinterpret_cast<const std::byte*>(head + tile.k_begin * dim), dim * 4, split - tile.k_begin},
-                                    Segment{reinterpret_cast<const std::byte*>(rest + (split - border) * dim), dim * 4, tile.k_end - split}};
+      return std::array<Segment, 2>{
+          Segment{reinterpret_cast<const std::byte*>(head + tile.k_begin * dim), dim * 4, split - tile.k_begin},
+          Segment{reinterpret_cast<const std::byte*>(rest + (split - border) * dim), dim * 4, tile.k_end - split}};
     };
     return {pieces(k, k_rest), pieces(v, v_rest)};
   }
@@ -106,7 +108,8 @@ struct Setup {
   double score(index_t i, index_t j) const {
     double sum = 0;
     for (index_t d = 0; d < dim; ++d)
-      sum += static_cast<double>(q[static_cast<std::size_t>(i * dim + d)]) * static_cast<double>(k[static_cast<std::size_t>(j * dim + d)]);
+      sum += static_cast<double>(q[static_cast<std::size_t>(i * dim + d)]) *
+             static_cast<double>(k[static_cast<std::size_t>(j * dim + d)]);
     return 0.25 * sum;
   }
   // out[i] = sum_j weight(i, j) v[j], divided by the sum of weights if `normalised`
@@ -119,10 +122,12 @@ struct Setup {
       for (index_t j = 0; j < len_k; ++j) {
         const double w = weight(i, j);
         total += w;
-        for (index_t d = 0; d < dim; ++d) sum[static_cast<std::size_t>(d)] += w * static_cast<double>(v[static_cast<std::size_t>(j * dim + d)]);
+        for (index_t d = 0; d < dim; ++d)
+          sum[static_cast<std::size_t>(d)] += w * static_cast<double>(v[static_cast<std::size_t>(j * dim + d)]);
       }
       for (index_t d = 0; d < dim; ++d)
-        worst = std::max(worst, std::abs(sum[static_cast<std::size_t>(d)] / (normalised ? total : 1.) - static_cast<double>(out[static_cast<std::size_t>(i * dim + d)])));
+        worst = std::max(worst, std::abs(sum[static_cast<std::size_t>(d)] / (normalised ? total : 1.) -
+                                         static_cast<double>(out[static_cast<std::size_t>(i * dim + d)])));
     }
     return worst;
   }
@@ -139,7 +144,8 @@ TEST_CASE("a source in two segments gives the bits of one") {
       Setup whole(13, 530, 530, regime);
       whole.run(TileSpec{whole.source(), Identity{}, Band{{kUnbounded, 0}}, Softmax{}, NoTap{}, whole.store()});
       CHECK(two == whole.out);
-      CHECK(setup.largest_error([&](index_t i, index_t j) { return j <= i ? std::exp(setup.score(i, j)) : 0.; }, true) < 2e-6);
+      CHECK(setup.largest_error([&](index_t i, index_t j) { return j <= i ? std::exp(setup.score(i, j)) : 0.; }, true) <
+            2e-6);
     }
   }
 }
@@ -155,15 +161,18 @@ TEST_CASE("a normaliser of ten lines: sigmoid, split and unsplit") {
 TEST_CASE("a mask and a score of one's own") {
   for (const Regime regime : {Regime::prefill, Regime::decode}) {
     Setup setup(19, 300, 100, regime);
-    setup.run(TileSpec{setup.source(), Doubled{}, Both<Band, Dilated>{{{kUnbounded, 0}}, {}}, Softmax{}, NoTap{}, setup.store()});
-    CHECK(setup.largest_error([&](index_t i, index_t j) { return j <= i && (i - j) % 3 == 0 ? std::exp(2 * setup.score(i, j)) : 0.; }, true) <
-          2e-6);
+    setup.run(
+        TileSpec{setup.source(), Doubled{}, Both<Band, Dilated>{{{kUnbounded, 0}}, {}}, Softmax{}, NoTap{}, setup.store()});
+    CHECK(setup.largest_error(
+              [&](index_t i, index_t j) { return j <= i && (i - j) % 3 == 0 ? std::exp(2 * setup.score(i, j)) : 0.; },
+              true) < 2e-6);
   }
 }
 
 TEST_CASE("a tap sees weights that add up to one") {
   Setup setup(37, 700, 700, Regime::prefill);
   std::vector<double> sum(37);
-  setup.run(TileSpec{setup.source(), Identity{}, Band{{kUnbounded, kUnbounded}}, Softmax{}, WeightSum{sum.data()}, setup.store()});
+  setup.run(
+      TileSpec{setup.source(), Identity{}, Band{{kUnbounded, kUnbounded}}, Softmax{}, WeightSum{sum.data()}, setup.store()});
   for (const double s : sum) CHECK(s == Catch::Approx(1.).epsilon(1e-6));
 }

@@ -33,7 +33,8 @@ TEST_CASE("transpose and the lane sums") {
   std::vector<float> turned(static_cast<std::size_t>(kLanes * kLanes));
   for (index_t r = 0; r < kLanes; ++r) store(turned.data() + r * kLanes, rows[r]);
   for (index_t r = 0; r < kLanes; ++r) {
-    for (index_t c = 0; c < kLanes; ++c) CHECK(turned[static_cast<std::size_t>(c * kLanes + r)] == cells[static_cast<std::size_t>(r * kLanes + c)]);
+    for (index_t c = 0; c < kLanes; ++c)
+      CHECK(turned[static_cast<std::size_t>(c * kLanes + r)] == cells[static_cast<std::size_t>(r * kLanes + c)]);
   }
   float sums[4], again[4];
   const f32 a = load(cells.data()), zero(0.f);
@@ -70,7 +71,8 @@ TEST_CASE("packed scores and weights: every row count, against double, bits of e
   pack_keys(F32Codec{}, key_bytes + 5 * dim * 4, dim * 4, keys - 5, dim, 5, panels.data());
   const index_t value_panels = (dim + kPanel - 1) / kPanel;
   std::vector<float> values(static_cast<std::size_t>(value_panels * keys * kPanel), kNan);
-  CHECK(pack_values(F32Codec{}, reinterpret_cast<const std::byte*>(v.data()), dim * 4, keys, dim, values.data(), keys * kPanel));
+  CHECK(pack_values(F32Codec{}, reinterpret_cast<const std::byte*>(v.data()), dim * 4, keys, dim, values.data(),
+                    keys * kPanel));
 
   std::vector<float> full;
   for (index_t rows = kTileRows; rows >= 1; --rows) {
@@ -81,23 +83,27 @@ TEST_CASE("packed scores and weights: every row count, against double, bits of e
     std::vector<float> scores(static_cast<std::size_t>(kTileRows * kScoreStride), kNan);
     for (index_t panel = 0; panel < 2; ++panel)
       gemm_nt(rows, packed.data(), panels.data() + panel * dim * kPanel, dim, scores.data() + panel * kPanel);
-    std::vector<float> acc(static_cast<std::size_t>(kTileRows * value_panels * kPanel), 1.f), rescale(static_cast<std::size_t>(kTileRows), 0.25f);
+    std::vector<float> acc(static_cast<std::size_t>(kTileRows * value_panels * kPanel), 1.f),
+        rescale(static_cast<std::size_t>(kTileRows), 0.25f);
     for (index_t panel = 0; panel < value_panels; ++panel)
-      gemm_nn<kPanelVectors>(rows, scores.data(), values.data() + panel * keys * kPanel, keys, rescale.data(), acc.data() + panel * kPanel,
-                             value_panels * kPanel);
+      gemm_nn<kPanelVectors>(rows, scores.data(), values.data() + panel * keys * kPanel, keys, rescale.data(),
+                             acc.data() + panel * kPanel, value_panels * kPanel);
     for (index_t r = 0; r < rows; ++r) {
       double largest = 0;
       for (index_t j = 0; j < keys; ++j) {
         double exact = 0;
         for (index_t d = 0; d < dim; ++d)
-          exact += 0.5 * static_cast<double>(q[static_cast<std::size_t>(r * dim + d)]) * static_cast<double>(k[static_cast<std::size_t>(j * dim + d)]);
-        largest = std::max(largest, std::abs(exact - static_cast<double>(scores[static_cast<std::size_t>(r * kScoreStride + j)])));
+          exact += 0.5 * static_cast<double>(q[static_cast<std::size_t>(r * dim + d)]) *
+                   static_cast<double>(k[static_cast<std::size_t>(j * dim + d)]);
+        largest =
+            std::max(largest, std::abs(exact - static_cast<double>(scores[static_cast<std::size_t>(r * kScoreStride + j)])));
       }
       CHECK(largest < 1e-4);
       for (index_t d = 0; d < dim; ++d) {
         double exact = 0.25, size = 1;
         for (index_t j = 0; j < keys; ++j) {
-          const double term = static_cast<double>(scores[static_cast<std::size_t>(r * kScoreStride + j)]) * static_cast<double>(v[static_cast<std::size_t>(j * dim + d)]);
+          const double term = static_cast<double>(scores[static_cast<std::size_t>(r * kScoreStride + j)]) *
+                              static_cast<double>(v[static_cast<std::size_t>(j * dim + d)]);
           exact += term;
           size += std::abs(term);
         }
@@ -133,26 +139,30 @@ TEST_CASE("streamed scores and weights: bits do not depend on the rows and keys 
     for (index_t r = 0; r < rows; ++r) std::copy_n(raw.data() + r * dim, dim, q.data() + r * padded_dim);
     const auto* const key_bytes = reinterpret_cast<const std::byte*>(k.data());
     const auto* const value_bytes = reinterpret_cast<const std::byte*>(v.data());
-    std::vector<float> together(static_cast<std::size_t>(rows * kScoreStride)), alone(static_cast<std::size_t>(kScoreStride));
+    std::vector<float> together(static_cast<std::size_t>(rows * kScoreStride)),
+        alone(static_cast<std::size_t>(kScoreStride));
     stream_scores(F32Codec{}, rows, q.data(), padded_dim, key_bytes, dim * 4, keys, dim, together.data());
     std::vector<float> acc(static_cast<std::size_t>(rows * padded_dim), 0.5f);
     const std::vector<float> rescale(static_cast<std::size_t>(rows), 2.f);
     stream_weigh(F32Codec{}, rows, together.data(), value_bytes, dim * 4, keys, dim, rescale.data(), acc.data(), padded_dim);
     for (index_t r = 0; r < rows; ++r) {
       for (index_t j = 0; j < keys; ++j) {
-        stream_scores(F32Codec{}, 1, q.data() + r * padded_dim, padded_dim, key_bytes + j * dim * 4, dim * 4, 1, dim, alone.data());
+        stream_scores(F32Codec{}, 1, q.data() + r * padded_dim, padded_dim, key_bytes + j * dim * 4, dim * 4, 1, dim,
+                      alone.data());
         const float score = together[static_cast<std::size_t>(r * kScoreStride + j)];
         CHECK(score == alone[0]);
         double exact = 0;
         for (index_t d = 0; d < dim; ++d)
-          exact += static_cast<double>(raw[static_cast<std::size_t>(r * dim + d)]) * static_cast<double>(k[static_cast<std::size_t>(j * dim + d)]);
+          exact += static_cast<double>(raw[static_cast<std::size_t>(r * dim + d)]) *
+                   static_cast<double>(k[static_cast<std::size_t>(j * dim + d)]);
         CHECK(std::abs(exact - static_cast<double>(score)) < 1e-4);
       }
       std::vector<float> acc_alone(static_cast<std::size_t>(padded_dim), 0.5f);
-      stream_weigh(F32Codec{}, 1, together.data() + r * kScoreStride, value_bytes, dim * 4, 13, dim, rescale.data(), acc_alone.data(), padded_dim);
-      const float keep = 1.f;
-      stream_weigh(F32Codec{}, 1, together.data() + r * kScoreStride + 13, value_bytes + 13 * dim * 4, dim * 4, keys - 13, dim, &keep,
+      stream_weigh(F32Codec{}, 1, together.data() + r * kScoreStride, value_bytes, dim * 4, 13, dim, rescale.data(),
                    acc_alone.data(), padded_dim);
+      const float keep = 1.f;
+      stream_weigh(F32Codec{}, 1, together.data() + r * kScoreStride + 13, value_bytes + 13 * dim * 4, dim * 4, keys - 13,
+                   dim, &keep, acc_alone.data(), padded_dim);
       CHECK(std::memcmp(acc_alone.data(), acc.data() + r * padded_dim, static_cast<std::size_t>(dim) * sizeof(float)) == 0);
     }
   }

@@ -27,7 +27,7 @@ struct AttentionOptions {
 
   std::span<const index_t> q_offset = {};     // [sequence]      position of a sequence's query 0; may be negative
   std::span<const index_t> len_k = {};        // [sequence]      keys in use, at most the stored length
-  std::span<const index_t> cu_len_q = {};     // [sequence + 1]  ragged batch: q, k, v and out have batch 1, sequence b owns the
+  std::span<const index_t> cu_len_q = {};     // [sequence + 1]  ragged batch: q, k, v, out have batch 1, sequence b owns
   std::span<const index_t> cu_len_k = {};     // [sequence + 1]  positions cu[b] .. cu[b+1]-1; both are given or neither
 
   std::span<const float> alibi_slopes = {};   // [q_head]        positive slope = farther keys count less

@@ -10,5 +10,5 @@ struct CpuShape {
   index_t l2_bytes = 1 << 20;   // per core; Q, K, V and the accumulators of a task should fit into it
 };
 
-}  // namespace v0
-}  // namespace fovea
+}   // namespace v0
+}   // namespace fovea

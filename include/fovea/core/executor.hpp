@@ -16,7 +16,8 @@ class LaneFunction {
   template <class F>
     requires(!std::is_same_v<std::remove_cvref_t<F>, LaneFunction>)
   FOVEA_DATA_INLINE LaneFunction(F& f)
-      : object_(const_cast<void*>(static_cast<const void*>(&f))), call_([](void* object, int lane) { (*static_cast<F*>(object))(lane); }) {}
+      : object_(const_cast<void*>(static_cast<const void*>(&f))),
+        call_([](void* object, int lane) { (*static_cast<F*>(object))(lane); }) {}
   FOVEA_DATA_INLINE void operator()(int lane) const { call_(object_, lane); }
 
  private:
@@ -27,7 +28,7 @@ class LaneFunction {
 class Executor {
  public:
   // Serial: one lane, on the calling thread.
-  Executor() = default;
+  FOVEA_DATA_INLINE Executor() {}   // a defaulted one would be a symbol without an instruction set in its name
 
   // `pool` is anything with run(int lanes, LaneFunction f); it must outlive the executor. `lanes` is how many slices of the
   // workspace a call may use, normally the number of threads.
@@ -48,5 +49,5 @@ class Executor {
   int lanes_ = 1;
 };
 
-}  // namespace v0
-}  // namespace fovea
+}   // namespace v0
+}   // namespace fovea

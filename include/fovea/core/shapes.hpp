@@ -41,5 +41,5 @@ struct Final {
 
 enum class Cover : std::uint8_t { skip, partial, full };
 
-}  // namespace v0
-}  // namespace fovea
+}   // namespace v0
+}   // namespace fovea

@@ -58,5 +58,5 @@ class [[nodiscard]] Status {
   char text_[239];
 };
 
-}  // namespace v0
-}  // namespace fovea
+}   // namespace v0
+}   // namespace fovea

@@ -23,5 +23,5 @@ struct Window {
 // the keys. `automatic` decides by the sequence's own len_q * group, never by the batch around it.
 enum class Regime : std::uint8_t { automatic, prefill, decode };
 
-}  // namespace v0
-}  // namespace fovea
+}   // namespace v0
+}   // namespace fovea

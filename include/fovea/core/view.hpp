@@ -31,14 +31,11 @@ struct View {
   FOVEA_DATA_INLINE explicit operator bool() const { return data != nullptr; }
 
   // A writable view is a readable one.
-  FOVEA_DATA_INLINE operator View<const T, Rank>() const
-    requires(!std::is_const_v<T>)
-  {
-    return {data, extent, stride};
-  }
+  FOVEA_DATA_INLINE operator View<const T, Rank>() const requires(!std::is_const_v<T>) { return {data, extent, stride}; }
 };
 
-// Four axes everywhere: [batch, head, pos, dim]. Ragged batches are batch 1 with the sequences one after the other along pos.
+// Four axes everywhere: [batch, head, pos, dim]. Ragged batches are batch 1 with the sequences one after the other along
+// pos.
 template <class T>
 using Tensor = View<T, 4>;
 
@@ -68,7 +65,8 @@ struct QkvViews {
 // One fused projection per token: all q heads, then all k heads, then all v heads,
 // data[(b * len + s) * (q_heads + 2 kv_heads) * dim + ...]; with q_heads == kv_heads this is [batch, pos, 3, head, dim].
 template <class T>
-FOVEA_DATA_INLINE QkvViews<T> packed_qkv(T* data, index_t batch, index_t len, index_t q_heads, index_t kv_heads, index_t dim) {
+FOVEA_DATA_INLINE QkvViews<T> packed_qkv(T* data, index_t batch, index_t len, index_t q_heads, index_t kv_heads,
+                                         index_t dim) {
   const index_t token = (q_heads + 2 * kv_heads) * dim;
   const std::array<index_t, 4> stride{len * token, dim, token, 1};
   const std::array<index_t, 4> kv_extent{batch, kv_heads, len, dim};
@@ -90,5 +88,5 @@ FOVEA_DATA_INLINE KvViews<T> interleaved_kv(T* data, index_t batch, index_t len,
   return {{data, extent, stride}, {data == nullptr ? nullptr : data + half, extent, stride}};
 }
 
-}  // namespace v0
-}  // namespace fovea
+}   // namespace v0
+}   // namespace fovea

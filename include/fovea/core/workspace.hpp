@@ -40,5 +40,5 @@ FOVEA_DATA_INLINE std::span<std::byte> aligned(std::span<std::byte> bytes) {
   return bytes.size() < skip ? std::span<std::byte>{} : bytes.subspan(skip);
 }
 
-}  // namespace v0
-}  // namespace fovea
+}   // namespace v0
+}   // namespace fovea

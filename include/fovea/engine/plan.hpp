@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plan of a step: sequences, tiles, tasks. A pure function of lengths, options and the machine; holds no data pointer, so one
-// plan serves every layer of a step. The key tile and the key split are functions of (dims, instruction set, regime) alone:
-// that is what keeps a row's bits independent of the batch, the threads and the cache sizes.
+// The plan of a step: sequences, tiles, tasks. A pure function of lengths, options and the machine; holds no data pointer,
+// so one plan serves every layer of a step. The key tile and the key split are functions of (dims, instruction set, regime)
+// alone: that is what keeps a row's bits independent of the batch, the threads and the cache sizes.
 #pragma once
 #include <algorithm>
 #include <cstdio>
@@ -16,6 +16,7 @@
 
 namespace fovea {
 inline namespace v0 {
+inline namespace FOVEA_ARCH {
 
 // One sequence of the batch. `pos` is the position of its query 0.
 struct Sequence {
@@ -29,8 +30,8 @@ struct Reach {
 };
 inline constexpr index_t kUnbounded = index_t{1} << 40;
 
-// Rows of one (sequence, kv head): row r is query r / group of q head kv_head * group + r % group, so that the heads of a GQA group
-// stand next to each other and share what their position sees.
+// Rows of one (sequence, kv head): row r is query r / group of q head kv_head * group + r % group, so that the heads of a
+// GQA group stand next to each other and share what their position sees.
 struct Block {
   std::int32_t sequence, kv_head;
   index_t row_begin, row_count;
@@ -52,10 +53,8 @@ struct PlanRequest {
   CpuShape cpu;
 };
 
-inline namespace FOVEA_ARCH {
-
-inline constexpr index_t kDecodeRows = 16;       // at most so many query rows per kv head read K and V in place
-inline constexpr index_t kSplitKeys = 1024;      // decode: keys of one partial result
+inline constexpr index_t kDecodeRows = 16;    // at most so many query rows per kv head read K and V in place
+inline constexpr index_t kSplitKeys = 1024;   // decode: keys of one partial result
 inline constexpr index_t kMaxTasks = index_t{1} << 26;
 
 // K and V tiles of 128 KiB each at dim 128 stay in a 1 MiB L2 beside Q and the accumulators; larger dims take fewer keys.
@@ -75,16 +74,20 @@ class Plan {
   index_t group() const { return request.q_heads / request.kv_heads; }
   index_t group_rows(Regime regime) const { return regime == Regime::prefill ? kTileRows : kDecodeRows; }
   // Positions of a row, its keys before any mask: hull of the reach, clipped to the sequence.
-  index_t first_key(const Sequence& sequence, index_t pos) const { return std::clamp<index_t>(pos - request.reach.left, 0, sequence.len_k); }
-  index_t end_key(const Sequence& sequence, index_t pos) const { return std::clamp<index_t>(pos + request.reach.right + 1, 0, sequence.len_k); }
+  index_t first_key(const Sequence& sequence, index_t pos) const {
+    return std::clamp<index_t>(pos - request.reach.left, 0, sequence.len_k);
+  }
+  index_t end_key(const Sequence& sequence, index_t pos) const {
+    return std::clamp<index_t>(pos + request.reach.right + 1, 0, sequence.len_k);
+  }
 
   std::size_t workspace_bytes(int lanes) const;
   std::string describe() const;
 
   PlanRequest request{};
   index_t key_tile_size = 0;
-  index_t max_rows = 0;        // of any block, rounded up to whole row groups
-  index_t partial_rows = 0;    // (split, row) pairs
+  index_t max_rows = 0;       // of any block, rounded up to whole row groups
+  index_t partial_rows = 0;   // (split, row) pairs
   bool has_prefill = false;
   std::vector<Sequence> sequences;
   std::vector<Block> blocks;
@@ -93,16 +96,16 @@ class Plan {
 
 // One lane's slice of the workspace. Filled by the same code that counts its bytes.
 struct LaneMemory {
-  Row* rows;               // [max_rows]
-  float* queries;          // prefill [row group, dim_qk, kTileRows], decode [row, padded dim_qk]
-  float* keys;             // [panel, dim_qk, kPanel]
-  float* values;           // [panel, key_tile, kPanel]
-  float* scores;           // [row of a group, kScoreStride]
-  float* rescale;          // [row of a group]
-  float* acc;              // [max_rows, padded dim_v]
-  std::byte* states;       // [max_rows, kStateBytes]
-  std::uint8_t* live;      // [row of a group, kMaxKeyTile]
-  index_t* hulls;          // [row group, 2]
+  Row* rows;            // [max_rows]
+  float* queries;       // prefill [row group, dim_qk, kTileRows], decode [row, padded dim_qk]
+  float* keys;          // [panel, dim_qk, kPanel]
+  float* values;        // [panel, key_tile, kPanel]
+  float* scores;        // [row of a group, kScoreStride]
+  float* rescale;       // [row of a group]
+  float* acc;           // [max_rows, padded dim_v]
+  std::byte* states;    // [max_rows, kStateBytes]
+  std::uint8_t* live;   // [row of a group, kMaxKeyTile]
+  index_t* hulls;       // [row group, 2]
 };
 
 inline constexpr index_t kStateBytes = 32;   // of a row's normaliser; the workspace's size is known before the policies are
@@ -130,9 +133,9 @@ inline LaneMemory carve_lane(Bump& bump, const Plan& plan) {
 
 // What the lanes share: the partial rows of split blocks and, per block, how many of its tasks are still open.
 struct SharedMemory {
-  float* acc;              // [partial row, padded dim_v]
-  std::byte* states;       // [partial row, kStateBytes]
-  std::int32_t* open;      // [block]
+  float* acc;           // [partial row, padded dim_v]
+  std::byte* states;    // [partial row, kStateBytes]
+  std::int32_t* open;   // [block]
 };
 
 inline SharedMemory carve_shared(Bump& bump, const Plan& plan) {
@@ -159,7 +162,8 @@ inline Status Plan::build(const PlanRequest& wanted) {
   blocks.clear();
   tasks.clear();
 
-  // Q and the accumulators of a block take half of the L2, and there are at least four blocks a lane where the rows allow it.
+  // Q and the accumulators of a block take half of the L2, and there are at least four blocks a lane where the rows allow
+  // it.
   const index_t row_bytes = 4 * (query_stride(*this) + acc_stride(*this));
   const index_t row_cap = std::clamp(request.cpu.l2_bytes / 2 / row_bytes, kTileRows, index_t{512}) / kTileRows * kTileRows;
   const index_t heads = std::max<index_t>(static_cast<index_t>(sequences.size()) * request.kv_heads, 1);
@@ -170,8 +174,8 @@ inline Status Plan::build(const PlanRequest& wanted) {
     const index_t rows = sequence.len_q * group();
     if (rows == 0) continue;
     const Regime regime = request.regime != Regime::automatic ? request.regime
-                          : rows <= kDecodeRows                ? Regime::decode
-                                                               : Regime::prefill;
+                          : rows <= kDecodeRows               ? Regime::decode
+                                                              : Regime::prefill;
     const index_t cap = regime == Regime::decode ? kDecodeRows : row_cap;
     const index_t count = std::max((rows + cap - 1) / cap, std::min(blocks_wanted, (rows + kTileRows - 1) / kTileRows));
     const index_t step = padded((rows + count - 1) / count, group_rows(regime));
@@ -182,7 +186,8 @@ inline Status Plan::build(const PlanRequest& wanted) {
       const index_t k_begin = first_key(sequence, first_pos), k_end = std::max(end_key(sequence, last_pos), k_begin);
       // Splits start at absolute multiples, so a key belongs to the same split whoever asks.
       const index_t first_split = regime == Regime::decode ? k_begin / kSplitKeys : 0;
-      const index_t splits = regime == Regime::decode ? std::max<index_t>((k_end + kSplitKeys - 1) / kSplitKeys - first_split, 1) : 1;
+      const index_t splits =
+          regime == Regime::decode ? std::max<index_t>((k_end + kSplitKeys - 1) / kSplitKeys - first_split, 1) : 1;
       if (splits * request.kv_heads > kMaxTasks - static_cast<index_t>(tasks.size()))
         return Status::error(Code::unsupported, "fovea: more than %td tasks in one call; split the batch", kMaxTasks);
       for (index_t kv_head = 0; kv_head < request.kv_heads; ++kv_head) {
@@ -201,12 +206,15 @@ inline Status Plan::build(const PlanRequest& wanted) {
   }
 
   // Longest first, so that no lane ends on a long task alone. The order moves no bit of a result.
-  const auto cost = [this](const Task& task) { return (task.k_end - task.k_begin) * blocks[static_cast<std::size_t>(task.block)].row_count; };
+  const auto cost = [this](const Task& task) {
+    return (task.k_end - task.k_begin) * blocks[static_cast<std::size_t>(task.block)].row_count;
+  };
   const auto longer = [&](const Task& a, const Task& b) {
     const index_t cost_a = cost(a), cost_b = cost(b);
     return cost_a != cost_b ? cost_a > cost_b : a.block != b.block ? a.block < b.block : a.split < b.split;
   };
-  if (request.lanes > 1 && !std::is_sorted(tasks.begin(), tasks.end(), longer)) std::sort(tasks.begin(), tasks.end(), longer);
+  if (request.lanes > 1 && !std::is_sorted(tasks.begin(), tasks.end(), longer))
+    std::sort(tasks.begin(), tasks.end(), longer);
   return {};
 }
 
@@ -217,9 +225,9 @@ inline std::string Plan::describe() const {
     decode_blocks += block.regime == Regime::decode;
     most_splits = std::max<index_t>(most_splits, block.splits);
   }
-  const char* const regime = decode_blocks == 0                                       ? "prefill (K and V packed per key tile)"
-                             : decode_blocks == static_cast<index_t>(blocks.size())   ? "decode (K and V read in place)"
-                                                                                      : "mixed prefill and decode";
+  const char* const regime = decode_blocks == 0                                     ? "prefill (K and V packed per key tile)"
+                             : decode_blocks == static_cast<index_t>(blocks.size()) ? "decode (K and V read in place)"
+                                                                                    : "mixed prefill and decode";
   char text[640];
   std::snprintf(text, sizeof text,
                 "regime      %s\n"
@@ -227,14 +235,15 @@ inline std::string Plan::describe() const {
                 "tiles       %td rows x %td keys, kernel %td x %td\n"
                 "tasks       %zu tasks in %zu blocks of up to %td rows, %zu sequences\n"
                 "key splits  %td blocks split, at most %td splits of %td keys\n"
-                "isa         " FOVEA_ARCH_NAME "\n"
+                "isa         " FOVEA_ARCH_NAME
+                "\n"
                 "workspace   %zu bytes for %d lanes\n",
-                regime, request.q_heads, request.kv_heads, group(), request.dim_qk, request.dim_v, kTileRows, key_tile_size, kTileRows,
-                kPanel, tasks.size(), blocks.size(), max_rows, sequences.size(), split_blocks, most_splits, kSplitKeys,
-                workspace_bytes(request.lanes), request.lanes);
+                regime, request.q_heads, request.kv_heads, group(), request.dim_qk, request.dim_v, kTileRows, key_tile_size,
+                kTileRows, kPanel, tasks.size(), blocks.size(), max_rows, sequences.size(), split_blocks, most_splits,
+                kSplitKeys, workspace_bytes(request.lanes), request.lanes);
   return text;
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -28,8 +28,8 @@ concept Codec = requires(const C& codec, const std::byte* row, index_t d, index_
 struct KvKernels {
   void (*pack_k)(const std::byte* rows, index_t stride, index_t count, index_t dim, index_t first, float* to);
   bool (*pack_v)(const std::byte* rows, index_t stride, index_t count, index_t dim, float* to, index_t panel_stride);
-  void (*scores)(index_t rows, const float* q, index_t q_stride, const std::byte* keys, index_t stride, index_t count, index_t dim,
-                 float* s);
+  void (*scores)(index_t rows, const float* q, index_t q_stride, const std::byte* keys, index_t stride, index_t count,
+                 index_t dim, float* s);
   void (*weigh)(index_t rows, const float* p, const std::byte* values, index_t stride, index_t count, index_t dim,
                 const float* rescale, float* acc, index_t acc_stride);
   index_t key_bytes, value_bytes;   // of one stored number
@@ -62,11 +62,12 @@ concept ScoreMod = requires(const M& mod, const Row& row, f32 s, i32 pos) {
   { mod.at(row)(s, pos) } -> std::same_as<f32>;
 };
 
-// row: scores -> weights, a monoid. begin(row, false) is its zero; begin(row, true) is what a whole row starts from (a sink).
-// absorb turns scores into weights in place and returns by how much the accumulator shrinks; merge adds b to a and returns
-// the factors of the two accumulators.
+// row: scores -> weights, a monoid. begin(row, false) is its zero; begin(row, true) is what a whole row starts from (a
+// sink). absorb turns scores into weights in place and returns by how much the accumulator shrinks; merge adds b to a and
+// returns the factors of the two accumulators.
 template <class N>
-concept Normalizer = requires(const N& norm, typename N::State& a, const typename N::State& b, const Row& row, std::span<float> s) {
+concept Normalizer = requires(const N& norm, typename N::State& a, const typename N::State& b, const Row& row,
+                              std::span<float> s) {
   { norm.begin(row, true) } -> std::same_as<typename N::State>;
   { norm.absorb(a, s) } -> std::same_as<float>;
   { norm.merge(a, b) } -> std::same_as<std::array<float, 2>>;
@@ -76,7 +77,8 @@ concept Normalizer = requires(const N& norm, typename N::State& a, const typenam
 // row: watches the weights of a key run before they are used; never changes them. `rescale` is what earlier weights of the
 // row shrink by. Only plans without key splits may carry one.
 template <class T>
-concept Tap = requires(const T& tap, const Row& row, index_t k_begin, std::span<const float> weights, float rescale, Final end) {
+concept Tap = requires(const T& tap, const Row& row, index_t k_begin, std::span<const float> weights, float rescale,
+                       Final end) {
   tap.absorb(row, k_begin, weights, rescale);
   tap.finish(row, end);
 };
@@ -110,7 +112,8 @@ struct TileSpec {
 };
 
 template <class Source, class Score, class MaskPolicy, class Norm, class Watch, class Close>
-TileSpec(Source, Score, MaskPolicy, Norm, Watch, Close) -> TileSpec<Source, Score, MaskPolicy, Norm, Watch, Close>;   // clang 14
+TileSpec(Source, Score, MaskPolicy, Norm, Watch, Close)
+    -> TileSpec<Source, Score, MaskPolicy, Norm, Watch, Close>;   // clang 14
 
 template <class Spec>
 constexpr bool check_policies() {
@@ -118,17 +121,19 @@ constexpr bool check_policies() {
                 "fovea: a source needs where(Tile) -> Where and KvKernels kernels; see docs/policies.md#source");
   static_assert(ScoreMod<decltype(Spec::score)>,
                 "fovea: a score needs at(Row) -> callable (f32 s, i32 pos) -> f32; see docs/policies.md#score");
-  static_assert(Mask<decltype(Spec::mask)>,
-                "fovea: a mask needs hull(rows) -> KeyRange, cover(Tile) -> Cover and at(Row) -> callable (i32 pos) -> keep_t; "
-                "see docs/policies.md#mask");
+  static_assert(
+      Mask<decltype(Spec::mask)>,
+      "fovea: a mask needs hull(rows) -> KeyRange, cover(Tile) -> Cover and at(Row) -> callable (i32 pos) -> keep_t; "
+      "see docs/policies.md#mask");
   static_assert(Normalizer<decltype(Spec::norm)>,
                 "fovea: a normalizer needs State, begin, absorb, merge and finish; see docs/policies.md#normalizer");
   static_assert(Tap<decltype(Spec::tap)>, "fovea: a tap needs absorb and finish; see docs/policies.md#tap");
-  static_assert(Epilogue<decltype(Spec::epilogue)>, "fovea: an epilogue needs store(Row, acc, Final); see docs/policies.md#epilogue");
+  static_assert(Epilogue<decltype(Spec::epilogue)>,
+                "fovea: an epilogue needs store(Row, acc, Final); see docs/policies.md#epilogue");
   return KvSource<decltype(Spec::source)> && ScoreMod<decltype(Spec::score)> && Mask<decltype(Spec::mask)> &&
          Normalizer<decltype(Spec::norm)> && Tap<decltype(Spec::tap)> && Epilogue<decltype(Spec::epilogue)>;
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -32,7 +32,8 @@ inline Row row_of(const Plan& plan, const Block& block, index_t r) {
   const Sequence& sequence = plan.sequences[static_cast<std::size_t>(block.sequence)];
   const index_t group = plan.group(), index = block.row_begin + r;
   const index_t q_index = index / group;
-  return {sequence.pos + q_index, q_index, block.sequence, static_cast<int>(block.kv_head * group + index % group), block.kv_head};
+  return {sequence.pos + q_index, q_index, block.sequence, static_cast<int>(block.kv_head * group + index % group),
+          block.kv_head};
 }
 
 inline const float* query_of(const Plan& plan, const Queries& queries, const Row& row) {
@@ -55,16 +56,16 @@ FOVEA_INLINE void stream_group_scores(const Source& source, const Tile& tile, in
   index_t column = tile.k_begin - tile_begin;
   for (const Segment& segment : where.k) {
     if (segment.count == 0) continue;
-    source.kernels.scores(static_cast<index_t>(tile.rows.size()), queries, query_stride, segment.data, segment.stride, segment.count,
-                          dim, scores + column);
+    source.kernels.scores(static_cast<index_t>(tile.rows.size()), queries, query_stride, segment.data, segment.stride,
+                          segment.count, dim, scores + column);
     column += segment.count;
   }
 }
 
 // Score modification and mask, lane by lane, over whole vectors; the lanes outside [begin, end) become -inf.
 template <class Score, class MaskPolicy>
-FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cover cover, const Tile& tile, index_t tile_begin,
-                                float* scores) {
+FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cover cover, const Tile& tile,
+                                index_t tile_begin, float* scores) {
   constexpr bool kModified = !std::is_same_v<Score, Identity>;
   const f32 masked(-std::numeric_limits<float>::infinity());
   const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
@@ -95,7 +96,11 @@ class TileRun {
   static_assert(sizeof(State) <= kStateBytes && std::is_trivially_copyable_v<State>);
 
   TileRun(const Plan& plan, const Queries& queries, const Spec& spec, const LaneMemory& memory, const SharedMemory& shared)
-      : plan_(plan), queries_(queries), spec_(spec), memory_(memory), shared_(shared),
+      : plan_(plan),
+        queries_(queries),
+        spec_(spec),
+        memory_(memory),
+        shared_(shared),
         states_(reinterpret_cast<State*>(memory.states)) {}
 
   void run(const Task& task) {
@@ -119,7 +124,7 @@ class TileRun {
   State* const states_;
   const Block* block_ = nullptr;
   index_t group_rows_ = 0;
-  KeyRange reach_{};        // keys some row of the block may see in this task
+  KeyRange reach_{};   // keys some row of the block may see in this task
   bool values_finite_ = true;
 
   index_t dim_qk() const { return plan_.request.dim_qk; }
@@ -139,7 +144,8 @@ class TileRun {
       memory_.rows[r] = row_of(plan_, *block_, r);
       states_[r] = spec_.norm.begin(memory_.rows[r], false);
     }
-    std::memset(memory_.acc, 0, static_cast<std::size_t>(padded(block_->row_count, group_rows_) * acc_stride(plan_)) * sizeof(float));
+    std::memset(memory_.acc, 0,
+                static_cast<std::size_t>(padded(block_->row_count, group_rows_) * acc_stride(plan_)) * sizeof(float));
     reach_ = {task.k_end, task.k_begin};
     for (index_t g = 0; g < groups(); ++g) {
       const std::span<const Row> rows = rows_of(g);
@@ -180,8 +186,8 @@ class TileRun {
     }
   }
 
-  // While the groups of one tile are computed, the next tile's rows come up from L3 or DRAM into L2, each group fetching its share:
-  // packing them cold took 6 % of a prefill at dim 128.
+  // While the groups of one tile are computed, the next tile's rows come up from L3 or DRAM into L2, each group fetching its
+  // share: packing them cold took 6 % of a prefill at dim 128.
   void prefetch_share(index_t g, index_t begin) {
     const index_t end = std::min(begin + plan_.key_tile_size, reach_.end);
     const index_t first = std::max(begin, reach_.begin), share = (end - first + groups() - 1) / groups();
@@ -227,7 +233,8 @@ class TileRun {
     if (some_masked) note_live(rows, begin, end);
     const index_t first = begin / kLanes * kLanes;
     for (index_t r = 0; r < rows; ++r) {
-      const std::span<float> row(memory_.scores + r * kScoreStride + first, static_cast<std::size_t>(padded(end, kLanes) - first));
+      const std::span<float> row(memory_.scores + r * kScoreStride + first,
+                                 static_cast<std::size_t>(padded(end, kLanes) - first));
       memory_.rescale[r] = spec_.norm.absorb(states_[g * group_rows_ + r], row);
       spec_.tap.absorb(tile.rows[static_cast<std::size_t>(r)], tile_begin + first, row, memory_.rescale[r]);
     }
@@ -247,7 +254,8 @@ class TileRun {
     const float* values = memory_.values + begin * kPanel;
     for (index_t d = 0; d < dim_v(); d += kPanel, values += plan_.key_tile_size * kPanel) {
       if (dim_v() - d > kLanes) {
-        gemm_nn<kPanelVectors>(rows, memory_.scores + begin, values, end - begin, memory_.rescale, acc + d, acc_stride(plan_));
+        gemm_nn<kPanelVectors>(rows, memory_.scores + begin, values, end - begin, memory_.rescale, acc + d,
+                               acc_stride(plan_));
       } else {
         gemm_nn<1>(rows, memory_.scores + begin, values, end - begin, memory_.rescale, acc + d, acc_stride(plan_));
       }
@@ -272,7 +280,8 @@ class TileRun {
     if (packed()) return values_finite_;
     bool finite = true;
     for (const Segment& segment : spec_.source.where(tile).v) {
-      if (segment.count > 0) finite = finite && spec_.source.kernels.finite(segment.data, segment.stride, segment.count, dim_v());
+      if (segment.count > 0)
+        finite = finite && spec_.source.kernels.finite(segment.data, segment.stride, segment.count, dim_v());
     }
     return finite;
   }
@@ -294,7 +303,8 @@ class TileRun {
         }
         index_t end = j;
         while (end < tile.k_end && live[end]) ++end;
-        weigh_stored(g * group_rows_ + r, 1, Tile{tile.rows, j, end}, memory_.scores + r * kScoreStride + j - tile_begin, rescale);
+        weigh_stored(g * group_rows_ + r, 1, Tile{tile.rows, j, end}, memory_.scores + r * kScoreStride + j - tile_begin,
+                     rescale);
         rescale = &keep;
         j = end;
       }
@@ -325,8 +335,10 @@ class TileRun {
     if (open.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
 
     // This lane finished last and still holds the block's rows: add the partials up in key order, which no thread decides.
-    std::memcpy(memory_.acc, shared_.acc + block_->first_partial * stride, static_cast<std::size_t>(rows * stride) * sizeof(float));
-    std::memcpy(states_, shared_.states + block_->first_partial * kStateBytes, static_cast<std::size_t>(rows) * sizeof(State));
+    std::memcpy(memory_.acc, shared_.acc + block_->first_partial * stride,
+                static_cast<std::size_t>(rows * stride) * sizeof(float));
+    std::memcpy(states_, shared_.states + block_->first_partial * kStateBytes,
+                static_cast<std::size_t>(rows) * sizeof(State));
     for (index_t split = 1; split < block_->splits; ++split) {
       const index_t at = block_->first_partial + split * rows;
       const State* const others = reinterpret_cast<const State*>(shared_.states + at * kStateBytes);
@@ -340,14 +352,15 @@ class TileRun {
 
 // Draws tasks until none is left. Every lane of a run calls it once.
 template <class Spec>
-void run_tiles(const Plan& plan, const Queries& queries, const Spec& spec, const LaneMemory& memory, const SharedMemory& shared,
-               std::atomic<index_t>& next) {
+void run_tiles(const Plan& plan, const Queries& queries, const Spec& spec, const LaneMemory& memory,
+               const SharedMemory& shared, std::atomic<index_t>& next) {
   TileRun<Spec> run(plan, queries, spec, memory, shared);
   const auto count = static_cast<index_t>(plan.tasks.size());
-  for (index_t task = next.fetch_add(1, std::memory_order_relaxed); task < count; task = next.fetch_add(1, std::memory_order_relaxed))
+  for (index_t task = next.fetch_add(1, std::memory_order_relaxed); task < count;
+       task = next.fetch_add(1, std::memory_order_relaxed))
     run.run(plan.tasks[static_cast<std::size_t>(task)]);
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

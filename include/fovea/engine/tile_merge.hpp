@@ -17,6 +17,6 @@ FOVEA_INLINE void merge_row(const Norm& norm, typename Norm::State& state, float
     store(acc + d, fma(load(other_acc + d), f32(factor[1]), load(acc + d) * f32(factor[0])));
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -30,7 +30,8 @@ template <KvSource Source, ScoreMod Score, Mask MaskPolicy, class WholeRow>
 void run_strip(const Plan& plan, const Queries& queries, const Source& source, const Score& score, const MaskPolicy& mask,
                std::span<const Row> rows, const StripMemory& memory, const WholeRow& whole_row) {
   const index_t dim = plan.request.dim_qk, query_stride = padded(dim, kLanes);
-  const index_t len_k = plan.sequences[static_cast<std::size_t>(rows.front().sequence)].len_k, stride = padded(len_k, kLanes);
+  const index_t len_k = plan.sequences[static_cast<std::size_t>(rows.front().sequence)].len_k,
+                stride = padded(len_k, kLanes);
   FOVEA_ASSERT(static_cast<index_t>(rows.size()) <= kStripRows);
   for (std::size_t r = 0; r < rows.size(); ++r) {
     copy_query(query_of(plan, queries, rows[r]), queries.q.stride[3], dim, queries.scale,
@@ -47,13 +48,14 @@ void run_strip(const Plan& plan, const Queries& queries, const Source& source, c
     modify_scores(score, mask, cover, tile, begin, memory.scores);
     for (std::size_t r = 0; r < rows.size(); ++r) {
       const float* const from = memory.scores + static_cast<index_t>(r) * kScoreStride;
-      std::copy(from + (tile.k_begin - begin), from + (tile.k_end - begin), memory.strip + static_cast<index_t>(r) * stride + tile.k_begin);
+      std::copy(from + (tile.k_begin - begin), from + (tile.k_end - begin),
+                memory.strip + static_cast<index_t>(r) * stride + tile.k_begin);
     }
   }
   for (std::size_t r = 0; r < rows.size(); ++r)
     whole_row(rows[r], std::span<float>(memory.strip + static_cast<index_t>(r) * stride, static_cast<std::size_t>(stride)));
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -34,7 +34,9 @@ class AttentionRun {
   std::size_t lane_bytes = 0;
   std::atomic<index_t> next_task{0};
 
-  bool modified() const { return score.first.first.cap != 0.f || score.first.second.slopes || score.second.bias || mask.second.keep; }
+  bool modified() const {
+    return score.first.first.cap != 0.f || score.first.second.slopes || score.second.bias || mask.second.keep;
+  }
 };
 
 inline float scale_of(const AttentionOptions& options, index_t dim_qk) {
@@ -64,9 +66,14 @@ inline void bind(AttentionRun& run, const Plan& plan, Tensor<const float> q, Ten
   };
   run.plan = &plan;
   run.queries = {q, scale_of(options, plan.request.dim_qk)};
-  run.source = {reinterpret_cast<const std::byte*>(k.data), reinterpret_cast<const std::byte*>(v.data), bytes(k), bytes(v),
-                plan.sequences.data(), kv_kernels<F32Codec, F32Codec>()};
-  run.score = {{{options.softcap}, {options.alibi_slopes.empty() ? nullptr : options.alibi_slopes.data()}}, {broadcast(options.bias)}};
+  run.source = {reinterpret_cast<const std::byte*>(k.data),
+                reinterpret_cast<const std::byte*>(v.data),
+                bytes(k),
+                bytes(v),
+                plan.sequences.data(),
+                kv_kernels<F32Codec, F32Codec>()};
+  run.score = {{{options.softcap}, {options.alibi_slopes.empty() ? nullptr : options.alibi_slopes.data()}},
+               {broadcast(options.bias)}};
   run.mask = {{plan.request.reach}, {broadcast(options.keep), broadcast(options.bias)}};
   run.norm = {options.sink.empty() ? nullptr : options.sink.data()};
   run.epilogue = {out, options.lse, plan.sequences.data()};
@@ -80,7 +87,8 @@ inline void open_workspace(AttentionRun& run, std::span<std::byte> workspace) {
   run.lane_bytes = lane.used();
   Bump shared(run.workspace);
   const SharedMemory memory = carve_shared(shared, *run.plan);
-  for (std::size_t b = 0; memory.open != nullptr && b < run.plan->blocks.size(); ++b) memory.open[b] = run.plan->blocks[b].splits;
+  for (std::size_t b = 0; memory.open != nullptr && b < run.plan->blocks.size(); ++b)
+    memory.open[b] = run.plan->blocks[b].splits;
   run.next_task.store(0, std::memory_order_relaxed);
 }
 
@@ -90,11 +98,11 @@ inline void softmax_lane(AttentionRun& run, int lane) {
   Bump lane_bytes(run.workspace + shared_bytes.used() + run.lane_bytes * static_cast<std::size_t>(lane));
   const LaneMemory memory = carve_lane(lane_bytes, *run.plan);
   if (run.modified()) {
-    run_tiles(*run.plan, run.queries, TileSpec{run.source, run.score, run.mask, run.norm, NoTap{}, run.epilogue}, memory, shared,
-              run.next_task);
-  } else {
-    run_tiles(*run.plan, run.queries, TileSpec{run.source, Identity{}, run.mask.first, run.norm, NoTap{}, run.epilogue}, memory,
+    run_tiles(*run.plan, run.queries, TileSpec{run.source, run.score, run.mask, run.norm, NoTap{}, run.epilogue}, memory,
               shared, run.next_task);
+  } else {
+    run_tiles(*run.plan, run.queries, TileSpec{run.source, Identity{}, run.mask.first, run.norm, NoTap{}, run.epilogue},
+              memory, shared, run.next_task);
   }
 }
 
@@ -102,14 +110,16 @@ inline void softmax_lane(AttentionRun& run, int lane) {
 inline void softmax_weights(const AttentionRun& run, std::span<const Row> rows, const float* lse, const StripMemory& memory,
                             const std::array<float*, kStripRows>& to, index_t to_stride, index_t to_count) {
   std::size_t n = 0;
-  run_strip(*run.plan, run.queries, run.source, run.score, run.mask, rows, memory, [&](const Row& row, std::span<float> scores) {
-    GivenLse{}.weights(scores, lse[n]);
-    const index_t len_k = run.plan->sequences[static_cast<std::size_t>(row.sequence)].len_k;
-    for (index_t j = 0; j < to_count; ++j) to[n][j * to_stride] = j < len_k ? scores[static_cast<std::size_t>(j)] : 0.f;
-    ++n;
-  });
+  run_strip(*run.plan, run.queries, run.source, run.score, run.mask, rows, memory,
+            [&](const Row& row, std::span<float> scores) {
+              GivenLse{}.weights(scores, lse[n]);
+              const index_t len_k = run.plan->sequences[static_cast<std::size_t>(row.sequence)].len_k;
+              for (index_t j = 0; j < to_count; ++j)
+                to[n][j * to_stride] = j < len_k ? scores[static_cast<std::size_t>(j)] : 0.f;
+              ++n;
+            });
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two micro-kernels of prefill, on packed operands. Contract (docs/kernels-howto.md): every element of the result is one
-// chain of FMAs in the order of the summed index, whatever the tile around it, so edge tiles give the same bits as full ones.
+// chain of FMAs in the order of the summed index, whatever the tile around it, so edge tiles give the same bits as full
+// ones.
 #pragma once
 #include "register_budget.hpp"
 #include "simd.hpp"
@@ -29,9 +30,9 @@ FOVEA_INLINE void multiply_row(int row, const float* a, const f32 (&column)[Vect
 
 // s[r, n] = sum_d a[d, r] b[d, n] for r < Rows, n < kPanel. b is one packed panel.
 template <int Rows>
-FOVEA_NOINLINE void gemm_nt_tile(const float* a,                 // [depth, kTileRows]
-                                 const float* b,                 // [depth, kPanel]
-                                 index_t depth, float* s) {      // [Rows, kScoreStride]
+FOVEA_NOINLINE void gemm_nt_tile(const float* a,              // [depth, kTileRows]
+                                 const float* b,              // [depth, kPanel]
+                                 index_t depth, float* s) {   // [Rows, kScoreStride]
   f32 sum[Rows][kPanelVectors];
   FOVEA_UNROLL
   for (int r = 0; r < Rows; ++r) {
@@ -56,10 +57,10 @@ FOVEA_NOINLINE void gemm_nt_tile(const float* a,                 // [depth, kTil
 
 // acc[r, n] = acc[r, n] * rescale[r] + sum_j p[r, j] v[j, n] for r < Rows, n < Vectors * kLanes.
 template <int Rows, int Vectors>
-FOVEA_NOINLINE void gemm_nn_tile(const float* p,                              // [Rows, kScoreStride]
-                                 const float* v,                              // [keys, kPanel]
-                                 index_t keys, const float* rescale,          // [Rows]
-                                 float* acc, index_t acc_stride) {            // [Rows, acc_stride]
+FOVEA_NOINLINE void gemm_nn_tile(const float* p,                       // [Rows, kScoreStride]
+                                 const float* v,                       // [keys, kPanel]
+                                 index_t keys, const float* rescale,   // [Rows]
+                                 float* acc, index_t acc_stride) {     // [Rows, acc_stride]
   f32 sum[Rows][Vectors];
   FOVEA_UNROLL
   for (int r = 0; r < Rows; ++r) {
@@ -110,6 +111,6 @@ FOVEA_INLINE void gemm_nn(index_t rows, const float* p, const float* v, index_t 
   return gemm_nn_tile<2, Vectors>(p, v, keys, rescale, acc, acc_stride);
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -11,7 +11,8 @@ inline namespace FOVEA_ARCH {
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.693147180559945309417f;
 
-// 2^t, at most 3 ULP for t in [-126, 128) (2.7 found). exp2(-inf) = 0, NaN stays NaN. Degree 5 on [0, 1), constant term 1: relative
+// 2^t, at most 3 ULP for t in [-126, 128) (2.7 found). exp2(-inf) = 0, NaN stays NaN, +inf gives
+// inf or NaN (a row with a score of +inf is NaN in any case). Degree 5 on [0, 1), constant term 1: relative
 // error 8.5e-8 before rounding.
 FOVEA_INLINE f32 exp2(f32 t) {
   const f32 x = above_floor(t);
@@ -25,8 +26,8 @@ FOVEA_INLINE f32 exp2(f32 t) {
 
 FOVEA_INLINE float exp2(float t) { return first_lane(exp2(f32(t))); }
 
-// tanh(x). |x| < 0.625: odd polynomial, relative error 4.4e-9 before rounding. Beyond: 1 - 2 / (1 + e^2|x|). A vector whose lanes
-// are all small skips the second form; the select keeps every lane's value independent of its neighbours.
+// tanh(x). |x| < 0.625: odd polynomial, relative error 4.4e-9 before rounding. Beyond: 1 - 2 / (1 + e^2|x|). A vector whose
+// lanes are all small skips the second form; the select keeps every lane's value independent of its neighbours.
 FOVEA_INLINE f32 tanh(f32 x) {
   const f32 magnitude = abs(x), square = x * x;
   f32 p = fma(square, f32(-0.005704984998f), f32(0.02063908614f));
@@ -41,6 +42,6 @@ FOVEA_INLINE f32 tanh(f32 x) {
   return select(is_small, small, xsimd::select(x < f32(0.f), -large, large));
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

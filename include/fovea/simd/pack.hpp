@@ -103,7 +103,9 @@ FOVEA_INLINE void pack_queries(const float* const* rows, index_t count, index_t 
         f32 cells[kLanes];
         for (index_t r = 0; r < kLanes; ++r) {
           const bool live = first + r < count;
-          cells[r] = !live ? f32(0.f) : (width == kLanes ? load(rows[first + r] + d) : load_some(rows[first + r] + d, width)) * f32(scale);
+          cells[r] =
+              !live ? f32(0.f)
+                    : (width == kLanes ? load(rows[first + r] + d) : load_some(rows[first + r] + d, width)) * f32(scale);
         }
         transpose(cells);
         const index_t lanes = std::min(kLanes, kTileRows - first);
@@ -117,6 +119,6 @@ FOVEA_INLINE void pack_queries(const float* const* rows, index_t count, index_t 
   }
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

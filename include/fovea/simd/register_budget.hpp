@@ -13,8 +13,8 @@ inline constexpr index_t kRegisters = 32;
 inline constexpr index_t kRegisters = 16;
 #endif
 
-// Prefill tile: kTileRows rows times kPanelVectors vectors. With two FMAs a cycle of latency 4, eight accumulators are the least;
-// more rows mean fewer bytes of the streamed panel per FMA (12 x 2: 128 bytes in 12 cycles).
+// Prefill tile: kTileRows rows times kPanelVectors vectors. With two FMAs a cycle of latency 4, eight accumulators are the
+// least; more rows mean fewer bytes of the streamed panel per FMA (12 x 2: 128 bytes in 12 cycles).
 inline constexpr index_t kTileRows = kRegisters == 32 ? 12 : 6;
 inline constexpr index_t kPanelVectors = 2;
 inline constexpr index_t kPanel = kPanelVectors * kLanes;
@@ -24,6 +24,6 @@ static_assert(kTileRows * kPanelVectors + kPanelVectors + 1 <= kRegisters, "accu
 inline constexpr index_t kStreamRows = 4, kStreamKeys = 4;
 inline constexpr index_t kStreamAccumulators = kRegisters == 32 ? 16 : 8;
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -23,6 +23,6 @@ FOVEA_INLINE f32 load_strided(const float* from, index_t stride, index_t count) 
   return f32::load_aligned(lanes);
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

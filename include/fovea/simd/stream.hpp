@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two kernels of decode: few query rows against stored K and V, read in place, once. Bound by memory, so they keep four
-// keys in flight, prefetch 4 KiB ahead and never copy. Each result is made in one order whatever rows and keys stand beside it.
+// keys in flight, prefetch 4 KiB ahead and never copy. Each result is made in one order whatever rows and keys stand beside
+// it.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -17,7 +18,8 @@ inline namespace FOVEA_ARCH {
 inline constexpr index_t kPrefetchBytes = 4096;
 
 FOVEA_INLINE void prefetch(const std::byte* at, index_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(at) + static_cast<std::uintptr_t>(ahead)));
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(at) + static_cast<std::uintptr_t>(ahead)));
 }
 
 // The cache lines of whole rows, into L2.
@@ -36,7 +38,8 @@ FOVEA_INLINE index_t prefetch_distance(index_t row_stride, index_t row_bytes) {
 // to[r * to_stride + 0 .. 3] = q[r] . the keys at key + offset[0 .. 3].
 template <int Rows, class Codec>
 FOVEA_INLINE void score_block(const Codec& codec, const float* q, index_t q_stride, const std::byte* key,
-                              const index_t (&offset)[kStreamKeys], index_t ahead, index_t dim, float* to, index_t to_stride) {
+                              const index_t (&offset)[kStreamKeys], index_t ahead, index_t dim, float* to,
+                              index_t to_stride) {
   f32 sum[Rows][kStreamKeys];
   FOVEA_UNROLL
   for (int r = 0; r < Rows; ++r) {
@@ -87,14 +90,21 @@ FOVEA_NOINLINE void stream_scores_rows(const Codec& codec, const float* q, index
 
 // s[r, j] = q[r] . key j, for r < rows, j < count. q is padded with zeros to whole vectors.
 template <class Codec>
-void stream_scores(const Codec& codec, index_t rows, const float* q, index_t q_stride, const std::byte* keys, index_t key_stride,
-                   index_t count, index_t dim, float* s) {   // [rows, kScoreStride]
+void stream_scores(const Codec& codec, index_t rows, const float* q, index_t q_stride, const std::byte* keys,
+                   index_t key_stride, index_t count, index_t dim, float* s) {   // [rows, kScoreStride]
   for (index_t r = 0; r < rows; r += kStreamRows, q += kStreamRows * q_stride, s += kStreamRows * kScoreStride) {
     switch (std::min(kStreamRows, rows - r)) {
-      case 1: stream_scores_rows<1>(codec, q, q_stride, keys, key_stride, count, dim, s); break;
-      case 2: stream_scores_rows<2>(codec, q, q_stride, keys, key_stride, count, dim, s); break;
-      case 3: stream_scores_rows<3>(codec, q, q_stride, keys, key_stride, count, dim, s); break;
-      default: stream_scores_rows<4>(codec, q, q_stride, keys, key_stride, count, dim, s);
+      case 1:
+        stream_scores_rows<1>(codec, q, q_stride, keys, key_stride, count, dim, s);
+        break;
+      case 2:
+        stream_scores_rows<2>(codec, q, q_stride, keys, key_stride, count, dim, s);
+        break;
+      case 3:
+        stream_scores_rows<3>(codec, q, q_stride, keys, key_stride, count, dim, s);
+        break;
+      default:
+        stream_scores_rows<4>(codec, q, q_stride, keys, key_stride, count, dim, s);
     }
   }
 }
@@ -163,20 +173,27 @@ FOVEA_NOINLINE void stream_weigh_rows(const Codec& codec, const float* p, const 
 
 // acc[r] = acc[r] * rescale[r] + sum_j p[r, j] value j, for r < rows, j < count >= 1. acc is padded to whole vectors.
 template <class Codec>
-void stream_weigh(const Codec& codec, index_t rows, const float* p, const std::byte* values, index_t value_stride, index_t count,
-                  index_t dim, const float* rescale, float* acc, index_t acc_stride) {
+void stream_weigh(const Codec& codec, index_t rows, const float* p, const std::byte* values, index_t value_stride,
+                  index_t count, index_t dim, const float* rescale, float* acc, index_t acc_stride) {
   for (index_t r = 0; r < rows; r += kStreamRows) {
     const float* const weights = p + r * kScoreStride;
     float* const sums = acc + r * acc_stride;
     switch (std::min(kStreamRows, rows - r)) {
-      case 1: stream_weigh_rows<1>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride); break;
-      case 2: stream_weigh_rows<2>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride); break;
-      case 3: stream_weigh_rows<3>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride); break;
-      default: stream_weigh_rows<4>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride);
+      case 1:
+        stream_weigh_rows<1>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride);
+        break;
+      case 2:
+        stream_weigh_rows<2>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride);
+        break;
+      case 3:
+        stream_weigh_rows<3>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride);
+        break;
+      default:
+        stream_weigh_rows<4>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride);
     }
   }
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

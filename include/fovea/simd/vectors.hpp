@@ -3,8 +3,8 @@
 // changed between its releases (8.1 to 14).
 #pragma once
 
-// GCC 12's AVX-512 header defines "undefined" registers as self-initialised variables and then warns about them wherever they are
-// inlined.
+// GCC 12's AVX-512 header defines "undefined" registers as self-initialised variables and then warns about them wherever
+// they are inlined.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -55,6 +55,6 @@ FOVEA_INLINE i32 lane_numbers() {
   return i32::load_aligned(lanes);
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -9,7 +9,9 @@ inline namespace FOVEA_ARCH {
 
 struct F32Codec {
   static constexpr index_t kBytes = 4;
-  FOVEA_INLINE f32 load(const std::byte* row, index_t d) const { return fovea::load(reinterpret_cast<const float*>(row) + d); }
+  FOVEA_INLINE f32 load(const std::byte* row, index_t d) const {
+    return fovea::load(reinterpret_cast<const float*>(row) + d);
+  }
   FOVEA_INLINE f32 load_some(const std::byte* row, index_t d, index_t count) const {
     return fovea::load_some(reinterpret_cast<const float*>(row) + d, count);
   }
@@ -24,11 +26,11 @@ constexpr KvKernels kv_kernels() {
       [](const std::byte* rows, index_t stride, index_t count, index_t dim, float* to, index_t panel_stride) {
         return pack_values(ValueCodec{}, rows, stride, count, dim, to, panel_stride);
       },
-      [](index_t rows, const float* q, index_t q_stride, const std::byte* keys, index_t stride, index_t count, index_t dim, float* s) {
-        stream_scores(KeyCodec{}, rows, q, q_stride, keys, stride, count, dim, s);
-      },
-      [](index_t rows, const float* p, const std::byte* values, index_t stride, index_t count, index_t dim, const float* rescale,
-         float* acc, index_t acc_stride) { stream_weigh(ValueCodec{}, rows, p, values, stride, count, dim, rescale, acc, acc_stride); },
+      [](index_t rows, const float* q, index_t q_stride, const std::byte* keys, index_t stride, index_t count, index_t dim,
+         float* s) { stream_scores(KeyCodec{}, rows, q, q_stride, keys, stride, count, dim, s); },
+      [](index_t rows, const float* p, const std::byte* values, index_t stride, index_t count, index_t dim,
+         const float* rescale, float* acc,
+         index_t acc_stride) { stream_weigh(ValueCodec{}, rows, p, values, stride, count, dim, rescale, acc, acc_stride); },
       KeyCodec::kBytes,
       ValueCodec::kBytes,
       [](const std::byte* values, index_t stride, index_t count, index_t dim) {
@@ -37,6 +39,6 @@ constexpr KvKernels kv_kernels() {
   };
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -12,9 +12,9 @@ inline namespace FOVEA_ARCH {
 
 // out = acc * scale, and the LSE where it is asked for.
 struct Store {
-  Tensor<float> out;          // [batch, q_head, pos, dim]
-  View<float, 3> lse;         // [batch, q_head, pos]
-  const Sequence* sequences;  // [sequence]
+  Tensor<float> out;           // [batch, q_head, pos, dim]
+  View<float, 3> lse;          // [batch, q_head, pos]
+  const Sequence* sequences;   // [sequence]
 
   FOVEA_INLINE void store(const Row& row, std::span<const float> acc, Final end) const {
     const Sequence& sequence = sequences[row.sequence];
@@ -32,6 +32,6 @@ struct Store {
   }
 };
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

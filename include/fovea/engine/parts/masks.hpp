@@ -15,7 +15,8 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-// Causal masks and windows: the keys pos - reach.left .. pos + reach.right. The lengths of sequences are the engine's business.
+// Causal masks and windows: the keys pos - reach.left .. pos + reach.right. The lengths of sequences are the engine's
+// business.
 struct Band {
   Reach reach;
 
@@ -80,14 +81,18 @@ struct StoredMask {
     }
   };
   FOVEA_INLINE Lane at(const Row& row) const {
-    return {keep ? mask_row(keep, row) : nullptr, bias ? mask_row(bias, row) : nullptr, keep.stride[3], bias.stride[3],
-            keep.extent[3],                       bias.extent[3]};
+    return {keep ? mask_row(keep, row) : nullptr,
+            bias ? mask_row(bias, row) : nullptr,
+            keep.stride[3],
+            bias.stride[3],
+            keep.extent[3],
+            bias.extent[3]};
   }
 
   FOVEA_INLINE KeyRange hull(std::span<const Row>) const { return {0, PTRDIFF_MAX}; }
 
-  // One look at 12 rows x 256 floats: about 200 loads against 12,000 FMAs (dim 128) of the tile it may save. It also fetches the rows
-  // that the engine asks about next, which are too short for the hardware's prefetcher.
+  // One look at 12 rows x 256 floats: about 200 loads against 12,000 FMAs (dim 128) of the tile it may save. It also fetches
+  // the rows that the engine asks about next, which are too short for the hardware's prefetcher.
   FOVEA_INLINE Cover cover(const Tile& tile) const {
     bool live = false, dead = false;
     const index_t count = tile.k_end - tile.k_begin, next_rows = tile.rows.back().q_index - tile.rows.front().q_index + 1;
@@ -177,6 +182,6 @@ struct Both {
   }
 };
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

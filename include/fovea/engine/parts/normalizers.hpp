@@ -11,8 +11,9 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-// Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), with an optional learned sink logit per head. The reference is
-// kept in units of log2, rounded once, and used as rounded everywhere, so that its rounding cancels between sum and weights.
+// Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), with an optional learned sink logit per head. The
+// reference is kept in units of log2, rounded once, and used as rounded everywhere, so that its rounding cancels between sum
+// and weights.
 struct Softmax {
   const float* sink = nullptr;   // [q_head]
 
@@ -26,8 +27,8 @@ struct Softmax {
     return {sink[row.q_head] * kLog2e, 1.f};
   }
 
-  // Two passes over a row of scores: maximum, then weights and their sum. The lanes of the sum follow the key index, so a row's
-  // bits do not depend on how many masked keys stand around its visible ones.
+  // Two passes over a row of scores: maximum, then weights and their sum. The lanes of the sum follow the key index, so a
+  // row's bits do not depend on how many masked keys stand around its visible ones.
   FOVEA_INLINE float absorb(State& state, std::span<float> scores) const {
     float* const s = scores.data();
     const index_t count = static_cast<index_t>(scores.size());
@@ -61,7 +62,8 @@ struct Softmax {
 
   FOVEA_INLINE Final finish(const State& state) const {
     if (state.sum == 0.f) return {0.f, -std::numeric_limits<float>::infinity()};
-    const double lse = static_cast<double>(state.reference) * 0.693147180559945309417 + std::log(static_cast<double>(state.sum));
+    const double lse =
+        static_cast<double>(state.reference) * 0.693147180559945309417 + std::log(static_cast<double>(state.sum));
     return {1.f / state.sum, static_cast<float>(lse)};
   }
 
@@ -80,6 +82,6 @@ struct GivenLse {
   }
 };
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

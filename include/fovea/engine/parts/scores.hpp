@@ -51,7 +51,9 @@ struct Bias {
       return s + load_strided(bias + first * stride, stride, end - first);
     }
   };
-  FOVEA_INLINE Lane at(const Row& row) const { return {bias ? mask_row(bias, row) : nullptr, bias.stride[3], bias.extent[3]}; }
+  FOVEA_INLINE Lane at(const Row& row) const {
+    return {bias ? mask_row(bias, row) : nullptr, bias.stride[3], bias.extent[3]};
+  }
 };
 
 // First, then second.
@@ -68,6 +70,6 @@ struct Then {
   FOVEA_INLINE Lane at(const Row& row) const { return {first.at(row), second.at(row)}; }
 };
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

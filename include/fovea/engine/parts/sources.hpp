@@ -22,13 +22,14 @@ struct DenseSource {
     const Row& row = tile.rows.front();
     const Sequence& sequence = sequences[row.sequence];
     const auto segment = [&](const std::byte* data, const std::array<index_t, 3>& stride) {
-      return Segment{data + sequence.batch * stride[0] + row.kv_head * stride[1] + (sequence.k_begin + tile.k_begin) * stride[2],
-                     stride[2], tile.k_end - tile.k_begin};
+      return Segment{
+          data + sequence.batch * stride[0] + row.kv_head * stride[1] + (sequence.k_begin + tile.k_begin) * stride[2],
+          stride[2], tile.k_end - tile.k_begin};
     };
     return {{segment(k, k_stride), Segment{}}, {segment(v, v_stride), Segment{}}};
   }
 };
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

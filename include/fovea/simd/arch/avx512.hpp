@@ -12,9 +12,10 @@ inline namespace FOVEA_ARCH {
 
 FOVEA_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
 
-// a * b + c with a read and broadcast by the FMA itself. Half of the rows of a micro-kernel use it: a broadcast in a register
-// costs an instruction, one in the operand costs a load per FMA, and half and half stays inside both budgets (12 x 2 tile on
-// Sapphire Rapids: 33 instead of 42 instructions a step, 20 loads in 12 cycles). Compilers merge equal set1 intrinsics, hence asm.
+// a * b + c with a read and broadcast by the FMA itself. Half of the rows of a micro-kernel use it: a broadcast in a
+// register costs an instruction, one in the operand costs a load per FMA, and half and half stays inside both budgets (12 x
+// 2 tile on Sapphire Rapids: 33 instead of 42 instructions a step, 20 loads in 12 cycles). Compilers merge equal set1
+// intrinsics, hence asm.
 FOVEA_INLINE f32 fma_from_memory(const float* a, f32 b, f32 c) {
   __m512 sum = c;
   asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(static_cast<__m512>(b)), "m"(*a));
@@ -38,7 +39,8 @@ FOVEA_INLINE keep_t nonzero_bytes(const std::uint8_t* from, index_t stride, inde
     return keep_t(_mm_test_epi8_mask(_mm_maskz_loadu_epi8(first_lanes(lanes), from), _mm_set1_epi8(-1)));
   }
   __mmask16 visible = 0;
-  for (index_t i = 0; i < 16 && i < count; ++i) visible = static_cast<__mmask16>(visible | ((from[i * stride] != 0 ? 1u : 0u) << i));
+  for (index_t i = 0; i < 16 && i < count; ++i)
+    visible = static_cast<__mmask16>(visible | ((from[i * stride] != 0 ? 1u : 0u) << i));
   return keep_t(visible);
 }
 
@@ -89,6 +91,6 @@ FOVEA_INLINE void transpose(f32 (&rows)[kLanes]) {
   }
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -76,6 +76,6 @@ FOVEA_INLINE void transpose(f32 (&rows)[kLanes]) {
   }
 }
 
-}  // namespace FOVEA_ARCH
-}  // namespace v0
-}  // namespace fovea
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea
