@@ -263,7 +263,21 @@ inline Status check_tensors(Tensor<const float> q, Tensor<const float> k, Tensor
   return {};
 }
 
-// A plan made for other tensors would read or write outside these.
+inline Sequence sequence_of(const AttentionShape& shape, const AttentionOptions& options, index_t b) {
+  const auto i = static_cast<std::size_t>(b);
+  Sequence sequence{0, shape.len_q, 0, shape.len_k, 0, b};
+  if (!options.cu_len_q.empty()) {
+    const index_t q_begin = options.cu_len_q[i], k_begin = options.cu_len_k[i];
+    sequence = {q_begin, options.cu_len_q[i + 1] - q_begin, k_begin, options.cu_len_k[i + 1] - k_begin, 0, 0};
+  }
+  if (!options.len_k.empty()) sequence.len_k = options.len_k[i];
+  sequence.pos = !options.q_offset.empty()                ? options.q_offset[i]
+                 : options.causal == Causal::bottom_right ? sequence.len_k - sequence.len_q
+                                                          : 0;
+  return sequence;
+}
+
+// A plan made for another problem would mask wrongly, or read and write outside these tensors.
 inline Status check_plan(const Plan& plan, const AttentionShape& s, const AttentionOptions& o) {
   const PlanRequest& r = plan.request;
   if (r.q_heads != s.q_heads || r.kv_heads != s.kv_heads || r.dim_qk != s.dim_qk || r.dim_v != s.dim_v)
@@ -275,12 +289,14 @@ inline Status check_plan(const Plan& plan, const AttentionShape& s, const Attent
                    r.reach.left, r.reach.right, reach.left, reach.right);
   if (static_cast<index_t>(plan.sequences.size()) != count_sequences(s, o))
     return invalid("fovea: the plan is for %zu sequences, the call has %td", plan.sequences.size(), count_sequences(s, o));
+  if (r.regime != o.regime) return invalid("fovea: the plan was made with another regime option than the call");
   for (std::size_t b = 0; b < plan.sequences.size(); ++b) {
-    const Sequence& sequence = plan.sequences[b];
-    if (sequence.batch >= s.batch || sequence.q_begin + sequence.len_q > s.len_q ||
-        sequence.k_begin + sequence.len_k > s.len_k)
-      return invalid("fovea: sequence %zu of the plan (q up to %td, k up to %td) is outside the tensors (%td, %td)", b,
-                     sequence.q_begin + sequence.len_q, sequence.k_begin + sequence.len_k, s.len_q, s.len_k);
+    const Sequence &planned = plan.sequences[b], called = sequence_of(s, o, static_cast<index_t>(b));
+    if (planned != called) {
+      return invalid(
+          "fovea: sequence %zu is planned as %td queries from position %td and %td keys, the call has %td, %td, %td", b,
+          planned.len_q, planned.pos, planned.len_k, called.len_q, called.pos, called.len_k);
+    }
   }
   return {};
 }
@@ -363,23 +379,8 @@ inline Status supports(const AttentionShape& shape, const AttentionOptions& opti
 inline Status make_plan(Plan& plan, const AttentionShape& shape, const AttentionOptions& options) {
   if (Status s = supports(shape, options); !s.ok()) return s;
   plan.sequences.clear();
-  for (index_t b = 0; b < door::count_sequences(shape, options); ++b) {
-    const auto i = static_cast<std::size_t>(b);
-    Sequence sequence{0, shape.len_q, 0, shape.len_k, 0, b};
-    if (!options.cu_len_q.empty()) {
-      sequence = {options.cu_len_q[i],
-                  options.cu_len_q[i + 1] - options.cu_len_q[i],
-                  options.cu_len_k[i],
-                  options.cu_len_k[i + 1] - options.cu_len_k[i],
-                  0,
-                  0};
-    }
-    if (!options.len_k.empty()) sequence.len_k = options.len_k[i];
-    sequence.pos = !options.q_offset.empty()                ? options.q_offset[i]
-                   : options.causal == Causal::bottom_right ? sequence.len_k - sequence.len_q
-                                                            : 0;
-    plan.sequences.push_back(sequence);
-  }
+  for (index_t b = 0; b < door::count_sequences(shape, options); ++b)
+    plan.sequences.push_back(door::sequence_of(shape, options, b));
   return plan.build({shape.q_heads, shape.kv_heads, shape.dim_qk, shape.dim_v, reach_of(options), options.regime,
                      options.executor.lanes(), options.cpu});
 }

@@ -7,7 +7,8 @@
 // Shapes     q [batch, q_head, len_q, dim_qk], k [batch, kv_head, len_k, dim_qk], v [batch, kv_head, len_k, dim_v],
 //            out [batch, q_head, len_q, dim_v]; fp32; query head h reads kv head h / (q_heads / kv_heads). Dims 1 to 576.
 // Strides    any, in elements; k and v need an innermost stride of 1, anything else is refused with the reason.
-// Aliasing   out and lse overlap no input, no other output and not themselves. Inputs may overlap each other.
+// Aliasing   out and lse overlap no input, no other output and not themselves; ranges of bytes are compared, so an output that
+//            interleaves with an input is refused too. Inputs may overlap each other.
 // Masked     keys are never multiplied: NaN or Inf in them does not reach an output; in a visible key or a query it does.
 // Empty row  output 0, LSE -inf (with a sink: LSE = sink).
 // Errors     a Status with the offending numbers; on error nothing has been written.

@@ -22,6 +22,7 @@ inline namespace FOVEA_ARCH {
 struct Sequence {
   index_t q_begin, len_q, k_begin, len_k, pos;
   index_t batch;
+  bool operator==(const Sequence&) const = default;
 };
 
 // A query at pos can see the keys pos - left .. pos + right at most.
