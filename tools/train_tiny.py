@@ -52,8 +52,20 @@ WARMUP_STEPS = 200
 DROPOUT = 0.1
 GOLDEN_TOKENS = 64
 GOLDEN_PROMPTS = [
-    "In the beginning",
-    "And the LORD spake unto Moses, saying,",
+    "And it came to pass",
+    "Thus saith the LORD of hosts; Behold, I will bring evil upon this city, because",
+    "Now Peter and John went up together into the temple at the hour of prayer, being the "
+    "ninth hour.\n"
+    "And a certain man lame from his mother's womb was carried, whom they laid daily at the "
+    "gate of the temple which is called Beautiful, to ask alms of them that entered into "
+    "the temple;\n"
+    "Who seeing Peter and John about to go into the temple asked an alms.\n"
+    "And Peter, fastening his eyes upon him with John, said, Look on us.\n"
+    "And he gave heed unto them, expecting to receive something of them.\n"
+    "Then Peter said, Silver and gold have I none; but such as I have give I thee: In the "
+    "name of Jesus Christ of Nazareth rise up and walk.\n"
+    "And he took him by the right hand, and lifted him up: and immediately his feet and "
+    "ankle bones received strength.\n",
 ]
 HELD_OUT_EVERY = 40  # one chapter in 40 is kept for validation
 OUT = pathlib.Path(__file__).resolve().parent.parent / "examples/models/kjv-tiny"
@@ -275,19 +287,19 @@ def sample(model, tokenizer, prompt, count, temperature=0.7):
     return tokenizer.decode(ids)
 
 
-def split_ids(tokenizer):
+def prepare_data():
+    """Tokenizer, training ids, validation ids, and the validation text's size in bytes."""
     chapters = read_chapters()
     held_out = range(HELD_OUT_EVERY // 2, len(chapters), HELD_OUT_EVERY)
     valid = "".join(chapters[i] for i in held_out)
     train = "".join(c for i, c in enumerate(chapters) if i not in held_out)
-    if tokenizer is None:
-        tokenizer = Tokenizer(train_bpe(train, CONFIG["vocab_size"]))
+    tokenizer = Tokenizer(train_bpe(train, CONFIG["vocab_size"]))
     return tokenizer, *(torch.tensor(tokenizer.encode(t)) for t in (train, valid)), len(valid)
 
 
 def train(work, minutes, steps):
     """Stops at `steps` or at `minutes`; the learning rate follows whichever is nearer its end."""
-    tokenizer, train_ids, valid_ids, valid_bytes = split_ids(None)
+    tokenizer, train_ids, valid_ids, valid_bytes = prepare_data()
     work.mkdir(parents=True, exist_ok=True)
     tokenizer.save(work / "tokenizer.json")
     torch.manual_seed(SEED)
@@ -339,6 +351,7 @@ def export(work):
     weights = {"model." + name: p.to(torch.bfloat16).contiguous()
                for name, p in checkpoint["model"].items()}
     save_file(weights, OUT / "model.safetensors", metadata={"format": "pt"})
+    (OUT / "model.safetensors").chmod(0o644)
     (OUT / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     Tokenizer.load(work / "tokenizer.json").save(OUT / "tokenizer.json")
     print(json.dumps(checkpoint["note"]))

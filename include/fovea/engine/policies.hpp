@@ -32,7 +32,6 @@ struct KvKernels {
                  index_t dim, float* s);
   void (*weigh)(index_t rows, const float* p, const std::byte* values, index_t stride, index_t count, index_t dim,
                 const float* rescale, float* acc, index_t acc_stride);
-  index_t key_bytes, value_bytes;   // of one stored number
   bool (*finite)(const std::byte* values, index_t stride, index_t count, index_t dim);
 };
 
@@ -62,9 +61,9 @@ concept ScoreMod = requires(const M& mod, const Row& row, f32 s, i32 pos) {
   { mod.at(row)(s, pos) } -> std::same_as<f32>;
 };
 
-// row: scores -> weights, a monoid. begin(row, false) is its zero; begin(row, true) is what a whole row starts from (a
-// sink). absorb turns scores into weights in place and returns by how much the accumulator shrinks; merge adds b to a and
-// returns the factors of the two accumulators.
+// row: scores -> weights, a monoid. begin(row, false) is its zero; begin(row, true) is what a whole row starts from (a sink).
+// absorb gets whole runs of kScoreRun keys that start at a multiple of it, -inf where masked; it turns them into weights in
+// place and returns by how much the accumulator shrinks. merge adds b to a and returns the factors of the two accumulators.
 template <class N>
 concept Normalizer = requires(const N& norm, typename N::State& a, const typename N::State& b, const Row& row,
                               std::span<float> s) {

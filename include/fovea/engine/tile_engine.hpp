@@ -62,7 +62,7 @@ FOVEA_INLINE void stream_group_scores(const Source& source, const Tile& tile, in
   }
 }
 
-// Score modification and mask, lane by lane, over whole vectors; the lanes outside [begin, end) become -inf.
+// Score modification and mask, lane by lane, over whole vectors; around [begin, end) whole runs are filled up with -inf.
 template <class Score, class MaskPolicy>
 FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cover cover, const Tile& tile,
                                 index_t tile_begin, float* scores) {
@@ -83,8 +83,8 @@ FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cove
         store(s + j, value);
       }
     }
-    for (index_t j = first; j < begin; ++j) s[j] = -std::numeric_limits<float>::infinity();
-    for (index_t j = end; j < last; ++j) s[j] = -std::numeric_limits<float>::infinity();
+    std::fill(s + begin / kScoreRun * kScoreRun, s + begin, -std::numeric_limits<float>::infinity());
+    std::fill(s + end, s + padded(end, kScoreRun), -std::numeric_limits<float>::infinity());
   }
 }
 
@@ -181,21 +181,8 @@ class TileRun {
           loaded = true;
         }
         visit(g, tile, begin, cover);
-        if (packed()) prefetch_share(g, begin + size);
       }
     }
-  }
-
-  // While the groups of one tile are computed, the next tile's rows come up from L3 or DRAM into L2, each group fetching its
-  // share: packing them cold took 6 % of a prefill at dim 128.
-  void prefetch_share(index_t g, index_t begin) {
-    const index_t end = std::min(begin + plan_.key_tile_size, reach_.end);
-    const index_t first = std::max(begin, reach_.begin), share = (end - first + groups() - 1) / groups();
-    const Tile tile{rows_of(g), first + g * share, std::min(first + (g + 1) * share, end)};
-    if (tile.k_begin >= tile.k_end) return;
-    const Where where = spec_.source.where(tile);
-    for (const Segment& segment : where.k) prefetch_rows(segment, dim_qk() * spec_.source.kernels.key_bytes);
-    for (const Segment& segment : where.v) prefetch_rows(segment, dim_v() * spec_.source.kernels.value_bytes);
   }
 
   // K transposed into panels, V copied into panels: 1 % of the arithmetic it serves at 400 rows a block.
@@ -231,10 +218,10 @@ class TileRun {
 
     const bool some_masked = cover == Cover::partial && !finite_values(tile);
     if (some_masked) note_live(rows, begin, end);
-    const index_t first = begin / kLanes * kLanes;
+    const index_t first = begin / kScoreRun * kScoreRun;
     for (index_t r = 0; r < rows; ++r) {
       const std::span<float> row(memory_.scores + r * kScoreStride + first,
-                                 static_cast<std::size_t>(padded(end, kLanes) - first));
+                                 static_cast<std::size_t>(padded(end, kScoreRun) - first));
       memory_.rescale[r] = spec_.norm.absorb(states_[g * group_rows_ + r], row);
       spec_.tap.absorb(tile.rows[static_cast<std::size_t>(r)], tile_begin + first, row, memory_.rescale[r]);
     }

@@ -15,6 +15,10 @@ inline namespace FOVEA_ARCH {
 inline constexpr index_t kMaxKeyTile = 256;
 inline constexpr index_t kScoreStride = kMaxKeyTile + 16;
 
+// Normalisers get scores in whole runs of so many keys, starting at multiples of it: four independent chains hide the latency
+// of their maxima and sums, and a key always meets the same chain.
+inline constexpr index_t kScoreRun = 4 * kLanes;
+
 // One row of a tile: sum[n] += *a * column[n].
 template <int Vectors>
 FOVEA_INLINE void multiply_row(int row, const float* a, const f32 (&column)[Vectors], f32 (&sum)[Vectors]) {

@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../core/shapes.hpp"
 #include "register_budget.hpp"
 #include "simd.hpp"
 
@@ -20,13 +19,6 @@ inline constexpr index_t kPrefetchBytes = 4096;
 FOVEA_INLINE void prefetch(const std::byte* at, index_t ahead) {
   __builtin_prefetch(
       reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(at) + static_cast<std::uintptr_t>(ahead)));
-}
-
-// The cache lines of whole rows, into L2.
-inline void prefetch_rows(const Segment& rows, index_t row_bytes) {
-  for (index_t j = 0; j < rows.count; ++j) {
-    for (index_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(rows.data + j * rows.stride + at, 0, 2);
-  }
 }
 
 // How far ahead in bytes, in whole rows: the next rows may be far apart (token-major storage).

@@ -30,14 +30,6 @@ FOVEA_INLINE f32 load(const float* from) { return f32::load_unaligned(from); }
 FOVEA_INLINE void store(float* to, f32 v) { v.store_unaligned(to); }
 FOVEA_INLINE f32 select(keep_t keep, f32 a, f32 b) { return xsimd::select(keep, a, b); }
 
-FOVEA_INLINE float reduce_add(f32 v) {
-#if XSIMD_VERSION_MAJOR >= 9
-  return xsimd::reduce_add(v);
-#else
-  return xsimd::hadd(v);
-#endif
-}
-
 // An integer comparison as the mask of a float vector.
 template <class IntMask>
 FOVEA_INLINE keep_t as_keep(IntMask mask) {

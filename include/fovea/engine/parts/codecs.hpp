@@ -31,8 +31,6 @@ constexpr KvKernels kv_kernels() {
       [](index_t rows, const float* p, const std::byte* values, index_t stride, index_t count, index_t dim,
          const float* rescale, float* acc,
          index_t acc_stride) { stream_weigh(ValueCodec{}, rows, p, values, stride, count, dim, rescale, acc, acc_stride); },
-      KeyCodec::kBytes,
-      ValueCodec::kBytes,
       [](const std::byte* values, index_t stride, index_t count, index_t dim) {
         return all_finite(ValueCodec{}, values, stride, count, dim);
       },

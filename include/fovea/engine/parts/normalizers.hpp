@@ -25,15 +25,17 @@ struct Softmax {
     return {sink[row.q_head], 1.f};
   }
 
-  // Two passes over a row of scores: maximum, then weights and their sum. The lanes of the sum follow the key index, so a row's
-  // bits do not depend on how many masked keys stand around its visible ones.
+  // Two passes over a row of scores: maximum, then weights and their sum. The chains and lanes of the sum follow the key
+  // index, so a row's bits do not depend on how many masked keys stand around its visible ones.
   FOVEA_INLINE float absorb(State& state, std::span<float> scores) const {
     const float* const s = scores.data();
     const index_t count = static_cast<index_t>(scores.size());
-    f32 top(kNothing);
-    FOVEA_UNROLL_4
-    for (index_t j = 0; j < count; j += kLanes) top = xsimd::max(top, load(s + j));
-    const float tile_top = reduce_max(top);
+    f32 top[4] = {f32(kNothing), f32(kNothing), f32(kNothing), f32(kNothing)};
+    for (index_t j = 0; j < count; j += kScoreRun) {
+      FOVEA_UNROLL
+      for (index_t n = 0; n < 4; ++n) top[n] = xsimd::max(top[n], load(s + j + n * kLanes));
+    }
+    const float tile_top = reduce_max(xsimd::max(xsimd::max(top[0], top[1]), xsimd::max(top[2], top[3])));
     const float reference = tile_top > state.reference ? tile_top : state.reference;
     // Nothing visible yet: any finite reference gives weights 0, and lets a NaN through.
     const float base = reference == kNothing ? 0.f : reference;
@@ -75,14 +77,16 @@ struct Softmax {
   FOVEA_INLINE static f32 to_weights(std::span<float> scores, const Exponent& exponent) {
     float* const s = scores.data();
     const index_t count = static_cast<index_t>(scores.size());
-    f32 sum(0.f);
-    FOVEA_UNROLL_4
-    for (index_t j = 0; j < count; j += kLanes) {
-      const f32 weight = exp2(exponent(load(s + j)));
-      store(s + j, weight);
-      sum += weight;
+    f32 sum[4] = {f32(0.f), f32(0.f), f32(0.f), f32(0.f)};
+    for (index_t j = 0; j < count; j += kScoreRun) {
+      FOVEA_UNROLL
+      for (index_t n = 0; n < 4; ++n) {
+        const f32 weight = exp2(exponent(load(s + j + n * kLanes)));
+        store(s + j + n * kLanes, weight);
+        sum[n] += weight;
+      }
     }
-    return sum;
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
   // exp(from - to), for a reference that moves up.

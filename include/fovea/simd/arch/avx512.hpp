@@ -44,6 +44,7 @@ FOVEA_INLINE keep_t nonzero_bytes(const std::uint8_t* from, index_t stride, inde
   return keep_t(visible);
 }
 
+FOVEA_INLINE float reduce_add(f32 v) { return _mm512_reduce_add_ps(v); }
 FOVEA_INLINE float reduce_max(f32 v) { return _mm512_reduce_max_ps(v); }
 
 FOVEA_INLINE f32 above_floor(f32 t) { return _mm512_reduce_ps(t, 0x09); }   // 0x09: t - floor(t), no exceptions raised

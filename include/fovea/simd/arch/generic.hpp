@@ -39,6 +39,14 @@ FOVEA_INLINE keep_t nonzero_bytes(const std::uint8_t* from, index_t stride, inde
   return f32::load_aligned(lanes) != f32(0.f);
 }
 
+FOVEA_INLINE float reduce_add(f32 v) {
+#if XSIMD_VERSION_MAJOR >= 9
+  return xsimd::reduce_add(v);
+#else
+  return xsimd::hadd(v);
+#endif
+}
+
 FOVEA_INLINE float reduce_max(f32 v) {
   alignas(f32) float lanes[kLanes];
   v.store_aligned(lanes);
