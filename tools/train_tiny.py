@@ -305,8 +305,9 @@ def train(work, minutes, steps):
     torch.manual_seed(SEED)
     model = Model(CONFIG, DROPOUT)
     bytes_per_token = valid_bytes / len(valid_ids)
-    print(f"parameters {sum(p.numel() for p in model.parameters())}, train tokens {len(train_ids)}, "
-          f"validation tokens {len(valid_ids)}, bytes per token {bytes_per_token:.3f}", flush=True)
+    print(f"parameters {sum(p.numel() for p in model.parameters())}, "
+          f"train tokens {len(train_ids)}, validation tokens {len(valid_ids)}, "
+          f"bytes per token {bytes_per_token:.3f}", flush=True)
 
     decay = [p for p in model.parameters() if p.dim() == 2]
     no_decay = [p for p in model.parameters() if p.dim() < 2]

@@ -71,6 +71,8 @@ int main(int argc, char** argv) {
   generate::SamplerOptions sampling;
 
   CLI::App app("Text from a small Llama, with fovea's attention");
+  // scripts/demo sets a prompt and a length, then appends what it was given itself.
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.add_option("--model", directory, "directory with config.json, tokenizer.json and model.safetensors")->required();
   app.add_option("--prompt", prompt, "text to write on from");
   app.add_option("--tokens", count, "tokens to write")->check(CLI::Range(Index{1}, Index{1} << 20));
