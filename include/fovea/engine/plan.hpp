@@ -63,7 +63,8 @@ constexpr index_t key_tile(index_t dim_qk, index_t dim_v) {
   const index_t wide = std::max(dim_qk, dim_v);
   return wide <= 160 ? 256 : wide <= 320 ? 128 : 64;
 }
-static_assert(key_tile(1, 1) <= kMaxKeyTile && key_tile(576, 576) % kPanel == 0 && kSplitKeys % kMaxKeyTile == 0 && key_tile(576, 576) % kScoreRun == 0);
+static_assert(key_tile(1, 1) <= kMaxKeyTile && key_tile(576, 576) % kPanel == 0 && kSplitKeys % kMaxKeyTile == 0 &&
+              key_tile(576, 576) % kScoreRun == 0);
 
 constexpr index_t padded(index_t count, index_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 

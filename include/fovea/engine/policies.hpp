@@ -62,7 +62,7 @@ concept ScoreMod = requires(const M& mod, const Row& row, f32 s, i32 pos) {
 };
 
 // row: scores -> weights, a monoid. begin(row, false) is its zero; begin(row, true) is what a whole row starts from (a sink).
-// absorb gets whole runs of kScoreRun keys that start at a multiple of it, -inf where masked; it turns them into weights in
+// absorb gets whole vectors of keys that start at a multiple of kScoreRun, -inf where masked; it turns them into weights in
 // place and returns by how much the accumulator shrinks. merge adds b to a and returns the factors of the two accumulators.
 template <class N>
 concept Normalizer = requires(const N& norm, typename N::State& a, const typename N::State& b, const Row& row,

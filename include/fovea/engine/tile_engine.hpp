@@ -28,12 +28,19 @@ struct Queries {
   float scale;
 };
 
-inline Row row_of(const Plan& plan, const Block& block, index_t r) {
+// The rows of a block, in order, without a division per row.
+inline void list_rows(const Plan& plan, const Block& block, Row* rows) {
   const Sequence& sequence = plan.sequences[static_cast<std::size_t>(block.sequence)];
-  const index_t group = plan.group(), index = block.row_begin + r;
-  const index_t q_index = index / group;
-  return {sequence.pos + q_index, q_index, block.sequence, static_cast<int>(block.kv_head * group + index % group),
-          block.kv_head};
+  const index_t group = plan.group();
+  index_t q_index = block.row_begin / group, member = block.row_begin % group;
+  for (index_t r = 0; r < block.row_count; ++r) {
+    rows[r] = {sequence.pos + q_index, q_index, block.sequence, static_cast<int>(block.kv_head * group + member),
+               block.kv_head};
+    if (++member == group) {
+      member = 0;
+      ++q_index;
+    }
+  }
 }
 
 inline const float* query_of(const Plan& plan, const Queries& queries, const Row& row) {
@@ -62,7 +69,8 @@ FOVEA_INLINE void stream_group_scores(const Source& source, const Tile& tile, in
   }
 }
 
-// Score modification and mask, lane by lane, over whole vectors; around [begin, end) whole runs are filled up with -inf.
+// Score modification and mask, lane by lane, over whole vectors. -inf fills up the run before
+// begin and the vector behind end.
 template <class Score, class MaskPolicy>
 FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cover cover, const Tile& tile,
                                 index_t tile_begin, float* scores) {
@@ -84,7 +92,7 @@ FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cove
       }
     }
     std::fill(s + begin / kScoreRun * kScoreRun, s + begin, -std::numeric_limits<float>::infinity());
-    std::fill(s + end, s + padded(end, kScoreRun), -std::numeric_limits<float>::infinity());
+    std::fill(s + end, s + padded(end, kLanes), -std::numeric_limits<float>::infinity());
   }
 }
 
@@ -140,10 +148,8 @@ class TileRun {
   }
 
   void open_rows(const Task& task) {
-    for (index_t r = 0; r < block_->row_count; ++r) {
-      memory_.rows[r] = row_of(plan_, *block_, r);
-      states_[r] = spec_.norm.begin(memory_.rows[r], false);
-    }
+    list_rows(plan_, *block_, memory_.rows);
+    for (index_t r = 0; r < block_->row_count; ++r) states_[r] = spec_.norm.begin(memory_.rows[r], false);
     std::memset(memory_.acc, 0,
                 static_cast<std::size_t>(padded(block_->row_count, group_rows_) * acc_stride(plan_)) * sizeof(float));
     reach_ = {task.k_end, task.k_begin};
@@ -189,6 +195,9 @@ class TileRun {
   void pack_tile(const Tile& tile, index_t tile_begin) {
     const Where where = spec_.source.where(tile);
     index_t column = tile.k_begin - tile_begin;
+    clear_columns(memory_.keys, dim_qk(), column / kPanel * kPanel, column);
+    const index_t end = tile.k_end - tile_begin;
+    clear_columns(memory_.keys, dim_qk(), end, padded(end, kPanel));
     for (const Segment& segment : where.k) {
       if (segment.count == 0) continue;
       spec_.source.kernels.pack_k(segment.data, segment.stride, segment.count, dim_qk(), column, memory_.keys);
@@ -221,7 +230,7 @@ class TileRun {
     const index_t first = begin / kScoreRun * kScoreRun;
     for (index_t r = 0; r < rows; ++r) {
       const std::span<float> row(memory_.scores + r * kScoreStride + first,
-                                 static_cast<std::size_t>(padded(end, kScoreRun) - first));
+                                 static_cast<std::size_t>(padded(end, kLanes) - first));
       memory_.rescale[r] = spec_.norm.absorb(states_[g * group_rows_ + r], row);
       spec_.tap.absorb(tile.rows[static_cast<std::size_t>(r)], tile_begin + first, row, memory_.rescale[r]);
     }

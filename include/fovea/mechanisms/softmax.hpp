@@ -75,7 +75,7 @@ inline void bind(AttentionRun& run, const Plan& plan, Tensor<const float> q, Ten
   run.score = {{{options.softcap}, {options.alibi_slopes.empty() ? nullptr : options.alibi_slopes.data()}},
                {broadcast(options.bias)}};
   run.mask = {{plan.request.reach}, {broadcast(options.keep), broadcast(options.bias)}};
-  run.norm = {options.sink.empty() ? nullptr : options.sink.data()};
+  run.norm = {options.sink.empty() ? nullptr : options.sink.data(), options.lse.data != nullptr};
   run.epilogue = {out, options.lse, plan.sequences.data()};
 }
 

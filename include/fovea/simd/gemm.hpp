@@ -15,8 +15,8 @@ inline namespace FOVEA_ARCH {
 inline constexpr index_t kMaxKeyTile = 256;
 inline constexpr index_t kScoreStride = kMaxKeyTile + 16;
 
-// Normalisers get scores in whole runs of so many keys, starting at multiples of it: four independent chains hide the latency
-// of their maxima and sums, and a key always meets the same chain.
+// The scores a normaliser gets start at a multiple of so many keys: four independent chains hide the latency of its maxima and
+// sums, and a key always meets the same chain.
 inline constexpr index_t kScoreRun = 4 * kLanes;
 
 // One row of a tile: sum[n] += *a * column[n].

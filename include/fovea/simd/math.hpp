@@ -11,20 +11,20 @@ inline namespace FOVEA_ARCH {
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.693147180559945309417f;
 
-// 2^t, at most 3 ULP for t in [-126, 128) (2.7 found). exp2(-inf) = 0, NaN stays NaN, +inf gives
-// inf or NaN (a row with a score of +inf is NaN in any case). Degree 5 on [0, 1), constant term 1: relative
-// error 8.5e-8 before rounding.
-FOVEA_INLINE f32 exp2(f32 t) {
+// 2^t, at most 3 ULP for t in [lowest, 128) (2.7 found), exactly 0 below `lowest`, which is -126 or more: no denormal comes out.
+// exp2(-inf) = 0, NaN stays NaN, +inf gives inf or NaN (a row with a score of +inf is NaN in any case). Degree 5 on [0, 1),
+// constant term 1: relative error 8.5e-8 before rounding.
+FOVEA_INLINE f32 exp2(f32 t, float lowest = -126.f) {
   const f32 x = above_floor(t);
   f32 p = fma(x, f32(1.86810153536498546600341796875e-3f), f32(9.01452265679836273193359375e-3f));
   p = fma(x, p, f32(5.5802188813686370849609375e-2f));
   p = fma(x, p, f32(0.24016360938549041748046875f));
   p = fma(x, p, f32(0.693151414394378662109375f));
   p = fma(x, p, f32(1.f));
-  return times_exp2_floor(p, t);
+  return times_exp2_floor(p, t, lowest);
 }
 
-FOVEA_INLINE float exp2(float t) { return first_lane(exp2(f32(t))); }
+FOVEA_INLINE float exp2(float t, float lowest = -126.f) { return first_lane(exp2(f32(t), lowest)); }
 
 // tanh(x). |x| < 0.625: odd polynomial, relative error 4.4e-9 before rounding. Beyond: 1 - 2 / (1 + e^2|x|). A vector whose
 // lanes are all small skips the second form; the select keeps every lane's value independent of its neighbours.

@@ -14,6 +14,7 @@ inline namespace FOVEA_ARCH {
 // Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), with an optional learned sink logit per head.
 struct Softmax {
   const float* sink = nullptr;   // [q_head]
+  bool with_lse = true;          // a logarithm per row, a third of the closing of a short one
 
   struct State {
     float reference;   // the largest score so far, natural units
@@ -31,10 +32,7 @@ struct Softmax {
     const float* const s = scores.data();
     const index_t count = static_cast<index_t>(scores.size());
     f32 top[4] = {f32(kNothing), f32(kNothing), f32(kNothing), f32(kNothing)};
-    for (index_t j = 0; j < count; j += kScoreRun) {
-      FOVEA_UNROLL
-      for (index_t n = 0; n < 4; ++n) top[n] = xsimd::max(top[n], load(s + j + n * kLanes));
-    }
+    for_each_vector(count, [&](index_t j, index_t chain) { top[chain] = xsimd::max(top[chain], load(s + j)); });
     const float tile_top = reduce_max(xsimd::max(xsimd::max(top[0], top[1]), xsimd::max(top[2], top[3])));
     const float reference = tile_top > state.reference ? tile_top : state.reference;
     // Nothing visible yet: any finite reference gives weights 0, and lets a NaN through.
@@ -62,6 +60,7 @@ struct Softmax {
 
   FOVEA_INLINE Final finish(const State& state) const {
     if (state.sum == 0.f) return {0.f, kNothing};
+    if (!with_lse) return {1.f / state.sum, 0.f};
     const double lse = static_cast<double>(state.reference) + std::log(static_cast<double>(state.sum));
     return {1.f / state.sum, static_cast<float>(lse)};
   }
@@ -73,27 +72,43 @@ struct Softmax {
   // too, and cancels, as long as it is small against 1: beyond, subtract first and pay a second instruction.
   static constexpr float kLargeShift = 0x1p23f;
 
+  // Weights below 2^-100 of the row's largest count as 0. Kept, their products with V are denormal, and a denormal costs an
+  // assist of some 150 cycles in every FMA it meets: ALiBi with steep slopes ran at a third of its speed.
+  static constexpr float kLowest = -100.f;
+
   template <class Exponent>
   FOVEA_INLINE static f32 to_weights(std::span<float> scores, const Exponent& exponent) {
     float* const s = scores.data();
     const index_t count = static_cast<index_t>(scores.size());
     f32 sum[4] = {f32(0.f), f32(0.f), f32(0.f), f32(0.f)};
-    for (index_t j = 0; j < count; j += kScoreRun) {
-      FOVEA_UNROLL
-      for (index_t n = 0; n < 4; ++n) {
-        const f32 weight = exp2(exponent(load(s + j + n * kLanes)));
-        store(s + j + n * kLanes, weight);
-        sum[n] += weight;
-      }
-    }
+    for_each_vector(count, [&](index_t j, index_t chain) {
+      const f32 weight = exp2(exponent(load(s + j)), kLowest);
+      store(s + j, weight);
+      sum[chain] += weight;
+    });
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+
+  // f(j, chain) for the vectors j = 0, kLanes, ... < count, in four chains; unrolled, so that the chains stay in registers.
+  template <class F>
+  FOVEA_INLINE static void for_each_vector(index_t count, const F& f) {
+    index_t j = 0;
+    for (; j + kScoreRun <= count; j += kScoreRun) {
+      FOVEA_UNROLL
+      for (index_t chain = 0; chain < 4; ++chain) f(j + chain * kLanes, chain);
+    }
+    FOVEA_UNROLL
+    for (index_t chain = 0; chain < 3; ++chain) {
+      if (j + chain * kLanes < count) f(j + chain * kLanes, chain);
+    }
   }
 
   // exp(from - to), for a reference that moves up.
   FOVEA_INLINE static float moved(float from, float to) {
     if (from == to) return 1.f;
+    if (from == kNothing) return 0.f;
     const float shift = to * kLog2e;
-    return exp2(std::abs(shift) < kLargeShift ? from * kLog2e - shift : (from - to) * kLog2e);
+    return exp2(std::abs(shift) < kLargeShift ? from * kLog2e - shift : (from - to) * kLog2e, kLowest);
   }
 };
 

@@ -50,12 +50,12 @@ FOVEA_INLINE float reduce_max(f32 v) {
 
 FOVEA_INLINE f32 above_floor(f32 t) { return _mm256_sub_ps(t, _mm256_floor_ps(t)); }
 
-// Below 2^-126 the result is flushed to 0 (the exponent field is clamped there), from 2^128 on it is inf.
-FOVEA_INLINE f32 times_exp2_floor(f32 x, f32 t) {
+// 0 where t < lowest (at least -126: below, the exponent field is clamped), inf from 2^128 on.
+FOVEA_INLINE f32 times_exp2_floor(f32 x, f32 t, float lowest) {
   const __m256 clamped = _mm256_min_ps(_mm256_set1_ps(128.f), _mm256_max_ps(_mm256_set1_ps(-127.f), t));
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(clamped)), _mm256_set1_epi32(127));
   const __m256 scaled = _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
-  const __m256 underflow = _mm256_cmp_ps(t, _mm256_set1_ps(-126.f), _CMP_LT_OQ);
+  const __m256 underflow = _mm256_cmp_ps(t, _mm256_set1_ps(lowest), _CMP_LT_OQ);
   return _mm256_andnot_ps(underflow, scaled);
 }
 

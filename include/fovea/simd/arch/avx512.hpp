@@ -48,7 +48,11 @@ FOVEA_INLINE float reduce_add(f32 v) { return _mm512_reduce_add_ps(v); }
 FOVEA_INLINE float reduce_max(f32 v) { return _mm512_reduce_max_ps(v); }
 
 FOVEA_INLINE f32 above_floor(f32 t) { return _mm512_reduce_ps(t, 0x09); }   // 0x09: t - floor(t), no exceptions raised
-FOVEA_INLINE f32 times_exp2_floor(f32 x, f32 t) { return _mm512_scalef_ps(x, t); }
+
+// Not less than `lowest`: a NaN passes.
+FOVEA_INLINE f32 times_exp2_floor(f32 x, f32 t, float lowest) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(lowest), _CMP_NLT_UQ), x, t);
+}
 
 // 14-bit estimate and one Newton step: 1 ULP in 5 instructions where vdivps holds its port for 16 cycles.
 FOVEA_INLINE f32 reciprocal(f32 x) {
