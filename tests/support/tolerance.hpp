@@ -16,7 +16,7 @@ using fovea::Tensor;
 using fovea::View;
 
 inline constexpr double kUnit = 0x1p-24;   // unit roundoff of fp32: one rounded operation is off by at most kUnit relative
-inline constexpr double kExpUnits = 4;     // exp is within 2 ULP
+inline constexpr double kExpUnits = 6;     // exp is within 3 ULP
 inline constexpr double kTanhUnits = 8;    // tanh is within 4 ULP of its value
 inline constexpr double kLogUnits = 4;
 inline constexpr double kSmallestTile = 64;   // keys per running-maximum step, at least
