@@ -82,7 +82,7 @@ TEST_CASE("packed scores and weights: every row count, against double, bits of e
     pack_queries(from, rows, 1, dim, 0.5f, packed.data());
     std::vector<float> scores(static_cast<std::size_t>(kTileRows * kScoreStride), kNan);
     for (index_t panel = 0; panel < 2; ++panel)
-      gemm_nt(rows, packed.data(), panels.data() + panel * dim * kPanel, dim, scores.data() + panel * kPanel);
+      gemm_nt<kPanelVectors>(rows, packed.data(), panels.data() + panel * dim * kPanel, dim, scores.data() + panel * kPanel);
     std::vector<float> acc(static_cast<std::size_t>(kTileRows * value_panels * kPanel), 1.f),
         rescale(static_cast<std::size_t>(kTileRows), 0.25f);
     for (index_t panel = 0; panel < value_panels; ++panel)

@@ -162,6 +162,7 @@ class TileRun {
       reach_ = {std::min(reach_.begin, memory_.hulls[2 * g]), std::max(reach_.end, memory_.hulls[2 * g + 1])};
       const index_t element_stride = queries_.q.stride[3];
       if (packed()) {
+        if (g + 1 < groups()) fetch_queries(rows_of(g + 1));
         const float* from[kTileRows] = {};
         for (std::size_t r = 0; r < rows.size(); ++r) from[r] = query_of(plan_, queries_, rows[r]);
         pack_queries(from, static_cast<index_t>(rows.size()), element_stride, dim_qk(), queries_.scale, group_queries(g));
@@ -170,6 +171,14 @@ class TileRun {
           copy_query(query_of(plan_, queries_, rows[r]), element_stride, dim_qk(), queries_.scale,
                      group_queries(g) + static_cast<index_t>(r) * query_stride(plan_));
       }
+    }
+  }
+
+  // Rows of queries are short runs far apart: the hardware does not foresee the next one.
+  void fetch_queries(std::span<const Row> rows) const {
+    for (const Row& row : rows) {
+      const auto* const from = reinterpret_cast<const std::byte*>(query_of(plan_, queries_, row));
+      for (index_t at = 0; at < dim_qk() * 4; at += 64) prefetch(from, at);
     }
   }
 
@@ -218,8 +227,14 @@ class TileRun {
     const index_t rows = static_cast<index_t>(tile.rows.size());
     const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
     if (packed()) {
-      for (index_t panel = begin / kPanel; panel * kPanel < end; ++panel)
-        gemm_nt(rows, group_queries(g), memory_.keys + panel * dim_qk() * kPanel, dim_qk(), memory_.scores + panel * kPanel);
+      for (index_t column = begin / kPanel * kPanel; column < end; column += kPanel) {
+        const float* const panel = memory_.keys + column * dim_qk();
+        if (end - column > kLanes) {
+          gemm_nt<kPanelVectors>(rows, group_queries(g), panel, dim_qk(), memory_.scores + column);
+        } else {
+          gemm_nt<1>(rows, group_queries(g), panel, dim_qk(), memory_.scores + column);
+        }
+      }
     } else {
       stream_group_scores(spec_.source, tile, tile_begin, group_queries(g), query_stride(plan_), dim_qk(), memory_.scores);
     }

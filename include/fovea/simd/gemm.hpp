@@ -32,30 +32,30 @@ FOVEA_INLINE void multiply_row(int row, const float* a, const f32 (&column)[Vect
   }
 }
 
-// s[r, n] = sum_d a[d, r] b[d, n] for r < Rows, n < kPanel. b is one packed panel.
-template <int Rows>
+// s[r, n] = sum_d a[d, r] b[d, n] for r < Rows, n < Vectors * kLanes. b is one packed panel.
+template <int Rows, int Vectors>
 FOVEA_NOINLINE void gemm_nt_tile(const float* a,              // [depth, kTileRows]
                                  const float* b,              // [depth, kPanel]
                                  index_t depth, float* s) {   // [Rows, kScoreStride]
-  f32 sum[Rows][kPanelVectors];
+  f32 sum[Rows][Vectors];
   FOVEA_UNROLL
   for (int r = 0; r < Rows; ++r) {
     FOVEA_UNROLL
-    for (int n = 0; n < kPanelVectors; ++n) sum[r][n] = f32(0.f);
+    for (int n = 0; n < Vectors; ++n) sum[r][n] = f32(0.f);
   }
   for (index_t d = 0; d < depth; ++d, a += kTileRows, b += kPanel) {
-    f32 column[kPanelVectors];
+    f32 column[Vectors];
     FOVEA_UNROLL
-    for (int n = 0; n < kPanelVectors; ++n) column[n] = load(b + n * kLanes);
+    for (int n = 0; n < Vectors; ++n) column[n] = load(b + n * kLanes);
     FOVEA_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      multiply_row<kPanelVectors>(r, a + r, column, sum[r]);
+      multiply_row<Vectors>(r, a + r, column, sum[r]);
     }
   }
   FOVEA_UNROLL
   for (int r = 0; r < Rows; ++r) {
     FOVEA_UNROLL
-    for (int n = 0; n < kPanelVectors; ++n) store(s + r * kScoreStride + n * kLanes, sum[r][n]);
+    for (int n = 0; n < Vectors; ++n) store(s + r * kScoreStride + n * kLanes, sum[r][n]);
   }
 }
 
@@ -89,16 +89,17 @@ FOVEA_NOINLINE void gemm_nn_tile(const float* p,                       // [Rows,
 
 // Row counts are rounded up to one of these kernels; the operands are padded with zeros to kTileRows, so a spare row costs
 // time, never a read beyond its buffer.
+template <int Vectors>
 FOVEA_INLINE void gemm_nt(index_t rows, const float* a, const float* b, index_t depth, float* s) {
   FOVEA_ASSERT(rows >= 1 && rows <= kTileRows);
   if constexpr (kTileRows > 6) {
-    if (rows > 10) return gemm_nt_tile<kTileRows>(a, b, depth, s);
-    if (rows > 8) return gemm_nt_tile<10>(a, b, depth, s);
-    if (rows > 6) return gemm_nt_tile<8>(a, b, depth, s);
+    if (rows > 10) return gemm_nt_tile<kTileRows, Vectors>(a, b, depth, s);
+    if (rows > 8) return gemm_nt_tile<10, Vectors>(a, b, depth, s);
+    if (rows > 6) return gemm_nt_tile<8, Vectors>(a, b, depth, s);
   }
-  if (rows > 4) return gemm_nt_tile<6>(a, b, depth, s);
-  if (rows > 2) return gemm_nt_tile<4>(a, b, depth, s);
-  return gemm_nt_tile<2>(a, b, depth, s);
+  if (rows > 4) return gemm_nt_tile<6, Vectors>(a, b, depth, s);
+  if (rows > 2) return gemm_nt_tile<4, Vectors>(a, b, depth, s);
+  return gemm_nt_tile<2, Vectors>(a, b, depth, s);
 }
 
 template <int Vectors>

@@ -29,6 +29,7 @@ void pack_keys(const Codec& codec, const std::byte* rows, index_t row_stride, in
       FOVEA_UNROLL
       for (index_t r = 0; r < kLanes; ++r) {
         const std::byte* const row = block + std::min(r, here - 1) * row_stride;
+        prefetch(row + d * Codec::kBytes, kLanes * row_stride);   // the rows of the next block, too short for the hardware
         cells[r] = width == kLanes ? codec.load(row, d) : codec.load_some(row, d, width);
       }
       transpose(cells);
@@ -64,28 +65,25 @@ template <class Codec>
 bool pack_values(const Codec& codec, const std::byte* rows, index_t row_stride, index_t count, index_t dim, float* to,
                  index_t panel_stride) {
   f32 taint(0.f);
-  for (index_t first = 0; first < dim; first += kPanel, to += panel_stride) {
-    const std::byte* row = rows;
+  const index_t whole = dim / kPanel * kPanel;
+  // Row by row, so that storage is read in order: it comes from L3 or DRAM, the panels stay in L2.
+  for (index_t j = 0; j < count; ++j, rows += row_stride, to += kPanel) {
     float* at = to;
-    if (first + kPanel <= dim) {
-      for (index_t j = 0; j < count; ++j, row += row_stride, at += kPanel) {
-        FOVEA_UNROLL
-        for (index_t n = 0; n < kPanelVectors; ++n) {
-          const f32 v = codec.load(row, first + n * kLanes);
-          taint = fma(v, f32(0.f), taint);
-          store(at + n * kLanes, v);
-        }
+    for (index_t d = 0; d < whole; d += kPanel, at += panel_stride) {
+      FOVEA_UNROLL
+      for (index_t n = 0; n < kPanelVectors; ++n) {
+        const f32 v = codec.load(rows, d + n * kLanes);
+        taint = fma(v, f32(0.f), taint);
+        store(at + n * kLanes, v);
       }
-    } else {
-      for (index_t j = 0; j < count; ++j, row += row_stride, at += kPanel) {
-        FOVEA_UNROLL
-        for (index_t n = 0; n < kPanelVectors; ++n) {
-          const index_t d = first + n * kLanes, width = std::min(kLanes, std::max<index_t>(dim - d, 0));
-          const f32 v = width > 0 ? codec.load_some(row, d, width) : f32(0.f);
-          taint = fma(v, f32(0.f), taint);
-          store(at + n * kLanes, v);
-        }
-      }
+    }
+    if (whole == dim) continue;
+    FOVEA_UNROLL
+    for (index_t n = 0; n < kPanelVectors; ++n) {
+      const index_t d = whole + n * kLanes, width = std::min(kLanes, std::max<index_t>(dim - d, 0));
+      const f32 v = width > 0 ? codec.load_some(rows, d, width) : f32(0.f);
+      taint = fma(v, f32(0.f), taint);
+      store(at + n * kLanes, v);
     }
   }
   return reduce_add(taint) == 0.f;

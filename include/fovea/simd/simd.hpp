@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The vector layer the kernels call: xsimd's batches plus exactly one file of arch/. AVX2 without FMA takes the generic one.
 #pragma once
+#include <cstdint>
+
 #include "vectors.hpp"
 
 #if defined(__AVX512F__)
@@ -14,6 +16,12 @@
 namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
+
+// The cache line `ahead` bytes from `at`, which may lie beyond the array: a prefetch of nowhere does nothing.
+FOVEA_INLINE void prefetch(const std::byte* at, index_t ahead) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(at) + static_cast<std::uintptr_t>(ahead)));
+}
 
 // The first `count` of up to kLanes values `stride` apart, zeros behind them.
 FOVEA_INLINE f32 load_strided(const float* from, index_t stride, index_t count) {

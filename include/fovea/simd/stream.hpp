@@ -16,11 +16,6 @@ inline namespace FOVEA_ARCH {
 
 inline constexpr index_t kPrefetchBytes = 4096;
 
-FOVEA_INLINE void prefetch(const std::byte* at, index_t ahead) {
-  __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(at) + static_cast<std::uintptr_t>(ahead)));
-}
-
 // How far ahead in bytes, in whole rows: the next rows may be far apart (token-major storage).
 FOVEA_INLINE index_t prefetch_distance(index_t row_stride, index_t row_bytes) {
   if (row_stride == row_bytes) return kPrefetchBytes;
