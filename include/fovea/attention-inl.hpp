@@ -15,6 +15,7 @@ namespace door {
 inline constexpr index_t kMaxDim = 576;
 inline constexpr index_t kMaxLength = INT32_MAX;   // lanes carry positions as int32
 inline constexpr int kMaxLanes = 1 << 16;
+inline constexpr index_t kMaxSequences = kMaxTasks;
 
 template <class... Values>
 Status invalid(const char* format, Values... values) {
@@ -68,7 +69,8 @@ inline Status check_tables(const AttentionShape& s, const AttentionOptions& o) {
     if (Status status = check_cumulative("cu_len_k", o.cu_len_k, s.len_k); !status.ok()) return status;
   }
   const index_t sequences = count_sequences(s, o);
-  if (sequences > kMaxLength) return unsupported("fovea: up to %td sequences are supported, got %td", kMaxLength, sequences);
+  if (sequences > kMaxSequences)
+    return unsupported("fovea: up to %td sequences are supported, got %td", kMaxSequences, sequences);
   if (!o.len_k.empty() && static_cast<index_t>(o.len_k.size()) != sequences)
     return invalid("fovea: len_k has %zu entries for %td sequences", o.len_k.size(), sequences);
   if (!o.q_offset.empty() && static_cast<index_t>(o.q_offset.size()) != sequences)
@@ -79,8 +81,8 @@ inline Status check_tables(const AttentionShape& s, const AttentionOptions& o) {
       return invalid("fovea: len_k[%zu] = %td is outside 0 .. %td, the keys stored", b, o.len_k[b], stored);
   }
   for (std::size_t b = 0; b < o.q_offset.size(); ++b) {
-    if (o.q_offset[b] < -kMaxLength || o.q_offset[b] > kMaxLength - s.len_q)
-      return unsupported("fovea: q_offset[%zu] = %td puts positions outside +-%td", b, o.q_offset[b], kMaxLength);
+    if (o.q_offset[b] < s.len_k - kMaxLength || o.q_offset[b] > kMaxLength - s.len_q)
+      return unsupported("fovea: q_offset[%zu] = %td puts distances to keys beyond %td", b, o.q_offset[b], kMaxLength);
   }
   if (!o.alibi_slopes.empty() && static_cast<index_t>(o.alibi_slopes.size()) != s.q_heads)
     return invalid("fovea: alibi_slopes has %zu entries for %td q heads", o.alibi_slopes.size(), s.q_heads);
@@ -112,9 +114,12 @@ Status check_mask(const char* name, const View<const T, 4>& mask, const Attentio
 }
 
 inline Status check_numbers(const AttentionOptions& o) {
+  if (o.causal > Causal::bottom_right)
+    return invalid("fovea: causal is %d, no value of the enum", static_cast<int>(o.causal));
+  if (o.regime > Regime::decode) return invalid("fovea: regime is %d, no value of the enum", static_cast<int>(o.regime));
   if (o.scale && !std::isfinite(*o.scale)) return invalid("fovea: scale %g is not finite", static_cast<double>(*o.scale));
-  if (!std::isfinite(o.softcap) || o.softcap < 0.f)
-    return invalid("fovea: softcap %g must be 0 (off) or positive and finite", static_cast<double>(o.softcap));
+  if (!std::isfinite(o.softcap) || o.softcap < 0.f || (o.softcap > 0.f && !std::isfinite(1.f / o.softcap)))
+    return invalid("fovea: softcap %g must be 0 (off), or positive with a finite inverse", static_cast<double>(o.softcap));
   for (std::size_t h = 0; h < o.alibi_slopes.size(); ++h) {
     if (!std::isfinite(o.alibi_slopes[h]))
       return invalid("fovea: alibi_slopes[%zu] = %g is not finite", h, static_cast<double>(o.alibi_slopes[h]));
@@ -161,7 +166,7 @@ template <class T, int Rank>
 bool writes_apart(const View<T, Rank>& view) {
   std::array<std::size_t, Rank> order;
   for (std::size_t axis = 0; axis < Rank; ++axis) order[axis] = axis;
-  const auto size = [&](std::size_t axis) { return std::abs(view.stride[axis]); };
+  const auto size = [&](std::size_t axis) { return view.extent[axis] <= 1 ? 0 : std::abs(view.stride[axis]); };
   std::sort(order.begin(), order.end(),
             [&](std::size_t a, std::size_t b) { return size(a) != size(b) ? size(a) < size(b) : a < b; });
   index_t covered = 0;
@@ -256,7 +261,11 @@ inline Status check_tensors(Tensor<const float> q, Tensor<const float> k, Tensor
                                                   {"alibi_slopes", span_bytes(o.alibi_slopes)},
                                                   {"sink", span_bytes(o.sink)},
                                                   {"workspace", span_bytes(o.workspace)}};
+  const OutputBytes workspace{"workspace", span_bytes(o.workspace)};
   for (const auto& [name, bytes] : inputs) {
+    if (bytes.begin != workspace.bytes.begin || bytes.end != workspace.bytes.end) {
+      if (Status s = check_apart(workspace, name, bytes); !s.ok()) return s;
+    }
     if (Status s = check_apart({"out", out_bytes}, name, bytes); !s.ok()) return s;
     if (Status s = check_apart({"lse", lse_bytes}, name, bytes); !s.ok()) return s;
   }
@@ -330,10 +339,12 @@ auto with_local(const F& f) {
     Local own;
     return f(own);
   }
-  shared.busy = true;
-  auto result = f(shared);
-  shared.busy = false;
-  return result;
+  struct Busy {   // also when a pool throws
+    bool& flag;
+    explicit Busy(bool& f) : flag(f) { flag = true; }
+    ~Busy() { flag = false; }
+  } busy(shared.busy);
+  return f(shared);
 }
 
 inline Status check_workspace(std::span<std::byte> workspace, std::size_t wanted) {
@@ -348,15 +359,12 @@ inline int lanes_for(const Plan& plan, const AttentionOptions& options) {
 }
 
 // Everything has been checked.
-inline Status execute(Local& local, const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
-                      Tensor<float> out, const AttentionOptions& options) {
-  const int lanes = lanes_for(plan, options);
-  const std::size_t wanted = plan.workspace_bytes(options.workspace.empty() ? lanes : options.executor.lanes());
-  const std::span<std::byte> workspace = options.workspace.empty() ? local.workspace(wanted) : options.workspace;
-  if (Status status = check_workspace(workspace, wanted); !status.ok()) return status;
-  AttentionRun& run = local.run;
+inline Status execute(AttentionRun& run, std::span<std::byte> workspace, int slices, const Plan& plan, Tensor<const float> q,
+                      Tensor<const float> k, Tensor<const float> v, Tensor<float> out, const AttentionOptions& options) {
+  if (Status status = check_workspace(workspace, plan.workspace_bytes(slices)); !status.ok()) return status;
   bind(run, plan, q, k, v, out, options);
-  open_workspace(run, workspace);
+  open_workspace(run, workspace, slices);
+  const int lanes = std::min(lanes_for(plan, options), slices);
   if (lanes == 1) {
     softmax_lane(run, 0);
   } else {
@@ -364,6 +372,27 @@ inline Status execute(Local& local, const Plan& plan, Tensor<const float> q, Ten
     options.executor.run(lanes, lane);
   }
   return {};
+}
+
+inline Status execute(Local& local, const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
+                      Tensor<float> out, const AttentionOptions& options) {
+  if (!options.workspace.empty())
+    return execute(local.run, options.workspace, options.executor.lanes(), plan, q, k, v, out, options);
+  const int lanes = lanes_for(plan, options);
+  return execute(local.run, local.workspace(plan.workspace_bytes(lanes)), lanes, plan, q, k, v, out, options);
+}
+
+// The stride of an axis of extent 1 is never used, and other libraries leave anything there: 0 cannot overflow.
+template <class T, int Rank>
+View<T, Rank> tidy(View<T, Rank> view) {
+  for (std::size_t axis = 0; axis < Rank; ++axis) {
+    if (view.extent[axis] <= 1) view.stride[axis] = 0;
+  }
+  return view;
+}
+template <class... Views>
+void tidy_all(Views&... views) {
+  ((views = tidy(views)), ...);
 }
 
 }   // namespace door
@@ -376,19 +405,28 @@ inline Status supports(const AttentionShape& shape, const AttentionOptions& opti
   return door::check_mask("keep", options.keep, shape, options);
 }
 
+namespace door {
+inline void list_sequences(Plan& plan, const AttentionShape& shape, const AttentionOptions& options) {
+  plan.sequences.clear();
+  for (index_t b = 0; b < count_sequences(shape, options); ++b) plan.sequences.push_back(sequence_of(shape, options, b));
+}
+inline PlanRequest request_of(const AttentionShape& shape, const AttentionOptions& options) {
+  return {shape.q_heads,  shape.kv_heads,           shape.dim_qk, shape.dim_v, reach_of(options),
+          options.regime, options.executor.lanes(), options.cpu};
+}
+}   // namespace door
+
 inline Status make_plan(Plan& plan, const AttentionShape& shape, const AttentionOptions& options) {
   if (Status s = supports(shape, options); !s.ok()) return s;
-  plan.sequences.clear();
-  for (index_t b = 0; b < door::count_sequences(shape, options); ++b)
-    plan.sequences.push_back(door::sequence_of(shape, options, b));
-  return plan.build({shape.q_heads, shape.kv_heads, shape.dim_qk, shape.dim_v, reach_of(options), options.regime,
-                     options.executor.lanes(), options.cpu});
+  door::list_sequences(plan, shape, options);
+  return plan.build(door::request_of(shape, options));
 }
 
 inline std::size_t workspace_bytes(const Plan& plan, int lanes) { return plan.workspace_bytes(lanes); }
 
 inline Status attention(Tensor<const float> q, Tensor<const float> k, Tensor<const float> v, Tensor<float> out,
                         const AttentionOptions& options) {
+  door::tidy_all(q, k, v, out);
   if (Status s = door::check_tensors(q, k, v, out, options); !s.ok()) return s;
   return door::with_local([&](door::Local& local) {
     if (Status s = make_plan(local.plan, door::shape_of(q, k, v), options); !s.ok()) return s;
@@ -398,28 +436,35 @@ inline Status attention(Tensor<const float> q, Tensor<const float> k, Tensor<con
 
 inline Status attention(const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
                         Tensor<float> out, const AttentionOptions& options) {
+  door::tidy_all(q, k, v, out);
   const AttentionShape shape = door::shape_of(q, k, v);
   if (Status s = door::check_tensors(q, k, v, out, options); !s.ok()) return s;
   if (Status s = supports(shape, options); !s.ok()) return s;
   if (Status s = door::check_plan(plan, shape, options); !s.ok()) return s;
+  if (!options.workspace.empty()) {
+    AttentionRun run;
+    return door::execute(run, options.workspace, options.executor.lanes(), plan, q, k, v, out, options);
+  }
   return door::with_local([&](door::Local& local) { return door::execute(local, plan, q, k, v, out, options); });
 }
 
 inline Status prepare(AttentionRun& run, const Plan& plan, Tensor<const float> q, Tensor<const float> k,
                       Tensor<const float> v, Tensor<float> out, const AttentionOptions& options) {
+  door::tidy_all(q, k, v, out);
   const AttentionShape shape = door::shape_of(q, k, v);
   if (Status s = door::check_tensors(q, k, v, out, options); !s.ok()) return s;
   if (Status s = supports(shape, options); !s.ok()) return s;
   if (Status s = door::check_plan(plan, shape, options); !s.ok()) return s;
   if (Status s = door::check_workspace(options.workspace, plan.workspace_bytes(options.executor.lanes())); !s.ok()) return s;
   bind(run, plan, q, k, v, out, options);
-  open_workspace(run, options.workspace);
+  open_workspace(run, options.workspace, options.executor.lanes());
   return {};
 }
 
 inline void run_lane(AttentionRun& run, int lane) { softmax_lane(run, lane); }
 
 inline Status merge(Tensor<float> out_a, View<float, 3> lse_a, Tensor<const float> out_b, View<const float, 3> lse_b) {
+  door::tidy_all(out_a, lse_a, out_b, lse_b);
   door::Bytes a, b, la, lb;
   if (Status s = door::check_data("out_a", out_a, a); !s.ok()) return s;
   if (Status s = door::check_data("out_b", out_b, b); !s.ok()) return s;
@@ -471,6 +516,7 @@ inline Status merge(Tensor<float> out_a, View<float, 3> lse_a, Tensor<const floa
 
 inline Status attention_weights(Tensor<const float> q, Tensor<const float> k, View<const float, 3> lse,
                                 std::span<const WeightRow> rows, View<float, 2> weights, const AttentionOptions& options) {
+  door::tidy_all(q, k, lse, weights);
   door::Bytes q_bytes, k_bytes, lse_bytes, to_bytes;
   if (Status s = door::check_data("q", q, q_bytes); !s.ok()) return s;
   if (Status s = door::check_data("k", k, k_bytes); !s.ok()) return s;
@@ -490,7 +536,9 @@ inline Status attention_weights(Tensor<const float> q, Tensor<const float> k, Vi
   }
   return door::with_local([&](door::Local& local) {
     const AttentionShape shape = door::shape_of(q, k, k);
-    if (Status s = make_plan(local.plan, shape, options); !s.ok()) return s;
+    if (Status s = supports(shape, options); !s.ok()) return s;
+    door::list_sequences(local.plan, shape, options);   // no tasks: only places and positions are asked
+    local.plan.request = door::request_of(shape, options);
     index_t longest = 0;
     for (std::size_t n = 0; n < rows.size(); ++n) {
       const WeightRow& row = rows[n];

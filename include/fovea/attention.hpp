@@ -9,7 +9,7 @@
 // Strides    any, in elements; k and v need an innermost stride of 1, anything else is refused with the reason.
 // Aliasing   out and lse overlap no input, no other output and not themselves; ranges of bytes are compared, so an output that
 //            interleaves with an input is refused too. Inputs may overlap each other.
-// Masked     keys are never multiplied: NaN or Inf in them does not reach an output; in a visible key or a query it does.
+// Masked     keys leave no trace: NaN or Inf in their K or V does not reach an output; in a visible key or a query it does.
 // Empty row  output 0, LSE -inf (with a sink: LSE = sink).
 // Errors     a Status with the offending numbers; on error nothing has been written.
 // Allocates  nothing on a warm call with the library's thread-local workspace, nothing at all with a plan and a workspace.
@@ -60,8 +60,8 @@ Status attention(const Plan& plan, Tensor<const float> q, Tensor<const float> k,
                  const AttentionOptions& options = {});
 
 // For engines that already stand inside a parallel region: prepare once (options.workspace is required, options.executor
-// says how many lanes), then each thread calls run_lane with its own lane. Plan, tensors, tables and workspace must outlive
-// the run.
+// says how many lanes), then each thread calls run_lane once with its own lane: one prepare per run. Plan, tensors, tables
+// and workspace must outlive the run.
 Status prepare(AttentionRun& run, const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
                Tensor<float> out, const AttentionOptions& options);
 void run_lane(AttentionRun& run, int lane);

@@ -18,7 +18,7 @@
 #error "fovea: AVX-512F without DQ, BW and VL (Knights Landing) is not supported; compile with -mno-avx512f"
 #endif
 
-// Every function from floor 1 up lives in fovea::v0::FOVEA_ARCH, a name made of each ISA macro that changes generated code,
+// Every function from floor 1 up lives in fovea::v0::FOVEA_ARCH, a name made of the ISA macros that change generated code,
 // so that translation units with different -m flags never share a symbol (docs/odr-and-dispatch.md). The psABI levels alone
 // would hide VNNI, BF16 and FP16, hence one letter group per extension.
 #if defined(__x86_64__) || defined(__i386__) || defined(_M_X64)
@@ -95,16 +95,27 @@
 #else
 #define FOVEA_ISA_SVE
 #endif
+#if defined(__LZCNT__) && defined(__BMI__)
+#define FOVEA_ISA_LZCNT _lzcnt
+#else
+#define FOVEA_ISA_LZCNT
+#endif
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#define FOVEA_ISA_MATH _fastmath
+#else
+#define FOVEA_ISA_MATH
+#endif
 #if defined(FOVEA_CHECKED)
 #define FOVEA_ISA_CHECKED _checked
 #else
 #define FOVEA_ISA_CHECKED
 #endif
-#define FOVEA_PASTE_(a, b, c, d, e, f, g, h, i, j, k, l, m) a##b##c##d##e##f##g##h##i##j##k##l##m
+#define FOVEA_PASTE_(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o) a##b##c##d##e##f##g##h##i##j##k##l##m##n##o
 #define FOVEA_PASTE(...) FOVEA_PASTE_(__VA_ARGS__)
 #define FOVEA_ARCH                                                                                                      \
   FOVEA_PASTE(FOVEA_ISA_BASE, FOVEA_ISA_SSE, FOVEA_ISA_AVX, FOVEA_ISA_FMA, FOVEA_ISA_F16C, FOVEA_ISA_BMI, FOVEA_ISA_AVX512, \
-              FOVEA_ISA_VBMI, FOVEA_ISA_VNNI, FOVEA_ISA_BF16, FOVEA_ISA_FP16, FOVEA_ISA_SVE, FOVEA_ISA_CHECKED)
+              FOVEA_ISA_VBMI, FOVEA_ISA_VNNI, FOVEA_ISA_BF16, FOVEA_ISA_FP16, FOVEA_ISA_SVE, FOVEA_ISA_LZCNT, FOVEA_ISA_MATH, \
+              FOVEA_ISA_CHECKED)
 #define FOVEA_STRING_(x) #x
 #define FOVEA_STRING(x) FOVEA_STRING_(x)
 #define FOVEA_ARCH_NAME FOVEA_STRING(FOVEA_ARCH)

@@ -56,7 +56,7 @@ struct PlanRequest {
 
 inline constexpr index_t kDecodeRows = 16;    // at most so many query rows per kv head read K and V in place
 inline constexpr index_t kSplitKeys = 1024;   // decode: keys of one partial result
-inline constexpr index_t kMaxTasks = index_t{1} << 26;
+inline constexpr index_t kMaxTasks = index_t{1} << 24;
 
 // K and V tiles of 128 KiB each at dim 128 stay in a 1 MiB L2 beside Q and the accumulators; larger dims take fewer keys.
 constexpr index_t key_tile(index_t dim_qk, index_t dim_v) {
@@ -153,7 +153,7 @@ inline std::size_t Plan::workspace_bytes(int lanes) const {
   Bump one, shared;
   carve_lane(one, *this);
   carve_shared(shared, *this);
-  return one.used() * static_cast<std::size_t>(lanes) + shared.used() + kAlignment;
+  return one.used() * static_cast<std::size_t>(std::max(lanes, 1)) + shared.used() + kAlignment;
 }
 
 inline Status Plan::build(const PlanRequest& wanted) {
@@ -172,41 +172,59 @@ inline Status Plan::build(const PlanRequest& wanted) {
   const index_t heads = std::max<index_t>(static_cast<index_t>(sequences.size()) * request.kv_heads, 1);
   const index_t blocks_wanted = request.lanes > 1 ? (4 * request.lanes + heads - 1) / heads : 1;
 
-  for (std::size_t s = 0; s < sequences.size(); ++s) {
-    const Sequence& sequence = sequences[s];
-    const index_t rows = sequence.len_q * group();
-    if (rows == 0) continue;
-    const Regime regime = request.regime != Regime::automatic ? request.regime
-                          : rows <= kDecodeRows               ? Regime::decode
-                                                              : Regime::prefill;
-    const index_t cap = regime == Regime::decode ? kDecodeRows : row_cap;
-    const index_t count = std::max((rows + cap - 1) / cap, std::min(blocks_wanted, (rows + kTileRows - 1) / kTileRows));
-    const index_t step = padded((rows + count - 1) / count, group_rows(regime));
-    has_prefill = has_prefill || regime == Regime::prefill;
-    for (index_t begin = 0; begin < rows; begin += step) {
-      const index_t row_count = std::min(step, rows - begin);
-      const index_t first_pos = sequence.pos + begin / group(), last_pos = sequence.pos + (begin + row_count - 1) / group();
-      const index_t k_begin = first_key(sequence, first_pos), k_end = std::max(end_key(sequence, last_pos), k_begin);
-      // Splits start at absolute multiples, so a key belongs to the same split whoever asks.
-      const index_t first_split = regime == Regime::decode ? k_begin / kSplitKeys : 0;
-      const index_t splits =
-          regime == Regime::decode ? std::max<index_t>((k_end + kSplitKeys - 1) / kSplitKeys - first_split, 1) : 1;
-      if (splits * request.kv_heads > kMaxTasks - static_cast<index_t>(tasks.size()))
-        return Status::error(Code::unsupported, "fovea: more than %td tasks in one call; split the batch", kMaxTasks);
-      for (index_t kv_head = 0; kv_head < request.kv_heads; ++kv_head) {
-        const auto block = static_cast<std::int32_t>(blocks.size());
-        blocks.push_back({static_cast<std::int32_t>(s), static_cast<std::int32_t>(kv_head), begin, row_count,
-                          static_cast<std::int32_t>(splits), regime, partial_rows});
-        for (index_t split = 0; split < splits; ++split) {
-          const index_t from = splits == 1 ? k_begin : std::max(k_begin, (first_split + split) * kSplitKeys);
-          const index_t to = splits == 1 ? k_end : std::min(k_end, (first_split + split + 1) * kSplitKeys);
-          tasks.push_back({block, static_cast<std::int32_t>(split), from, to});
-        }
-        if (splits > 1) partial_rows += splits * row_count;
+  // One walk counts the tasks, so that nothing is allocated for a plan that is refused; a second one writes them down.
+  const auto for_each_block = [&](const auto& visit) {
+    for (std::size_t s = 0; s < sequences.size(); ++s) {
+      const Sequence& sequence = sequences[s];
+      const index_t rows = sequence.len_q * group();
+      if (rows == 0) continue;
+      const Regime regime = request.regime != Regime::automatic ? request.regime
+                            : rows <= kDecodeRows               ? Regime::decode
+                                                                : Regime::prefill;
+      const index_t cap = regime == Regime::decode ? kDecodeRows : row_cap;
+      const index_t count = std::max((rows + cap - 1) / cap, std::min(blocks_wanted, (rows + kTileRows - 1) / kTileRows));
+      const index_t step = padded((rows + count - 1) / count, group_rows(regime));
+      for (index_t begin = 0; begin < rows; begin += step) {
+        const index_t row_count = std::min(step, rows - begin), end = begin + row_count;
+        const index_t k_begin = first_key(sequence, sequence.pos + begin / group());
+        const index_t k_end = std::max(end_key(sequence, sequence.pos + (end - 1) / group()), k_begin);
+        // Splits start at absolute multiples, so a key belongs to the same split whoever asks.
+        const index_t first_split = regime == Regime::decode ? k_begin / kSplitKeys : 0;
+        const index_t splits =
+            regime == Regime::decode ? std::max<index_t>((k_end + kSplitKeys - 1) / kSplitKeys - first_split, 1) : 1;
+        const Block block{static_cast<std::int32_t>(s), 0, begin, row_count, static_cast<std::int32_t>(splits), regime, 0};
+        if (!visit(block, k_begin, k_end, first_split)) return;
       }
-      max_rows = std::max(max_rows, padded(row_count, group_rows(regime)));
     }
+  };
+
+  index_t task_count = 0;
+  for_each_block([&](const Block& block, index_t, index_t, index_t) {
+    task_count += block.splits * request.kv_heads;
+    return task_count <= kMaxTasks;
+  });
+  if (task_count > kMaxTasks) {
+    sequences.clear();
+    return Status::error(Code::unsupported, "fovea: more than %td tasks in one call; split the batch", kMaxTasks);
   }
+  tasks.reserve(static_cast<std::size_t>(task_count));
+  for_each_block([&](Block block, index_t k_begin, index_t k_end, index_t first_split) {
+    for (index_t kv_head = 0; kv_head < request.kv_heads; ++kv_head) {
+      const auto index = static_cast<std::int32_t>(blocks.size());
+      block.kv_head = static_cast<std::int32_t>(kv_head);
+      block.first_partial = partial_rows;
+      blocks.push_back(block);
+      for (index_t split = 0; split < block.splits; ++split) {
+        const index_t from = block.splits == 1 ? k_begin : std::max(k_begin, (first_split + split) * kSplitKeys);
+        const index_t to = block.splits == 1 ? k_end : std::min(k_end, (first_split + split + 1) * kSplitKeys);
+        tasks.push_back({index, static_cast<std::int32_t>(split), from, to});
+      }
+      if (block.splits > 1) partial_rows += block.splits * block.row_count;
+    }
+    has_prefill = has_prefill || block.regime == Regime::prefill;
+    max_rows = std::max(max_rows, padded(block.row_count, group_rows(block.regime)));
+    return true;
+  });
 
   // Longest first, so that no lane ends on a long task alone. The order moves no bit of a result.
   const auto cost = [this](const Task& task) {

@@ -112,8 +112,10 @@ class TileRun {
         states_(reinterpret_cast<State*>(memory.states)) {}
 
   void run(const Task& task) {
+    [[maybe_unused]] constexpr bool kTapped = !std::is_same_v<decltype(Spec::tap), NoTap>;
     block_ = &plan_.blocks[static_cast<std::size_t>(task.block)];
     group_rows_ = plan_.group_rows(block_->regime);
+    FOVEA_ASSERT(!kTapped || block_->splits == 1);
     open_rows(task);
     visit_tiles();
     if (block_->splits == 1) {
@@ -241,7 +243,7 @@ class TileRun {
     modify_scores(spec_.score, spec_.mask, cover, tile, tile_begin, memory_.scores);
 
     const bool some_masked = cover == Cover::partial && !finite_values(tile);
-    if (some_masked) note_live(rows, begin, end);
+    if (some_masked) note_live(tile, tile_begin);
     const index_t first = begin / kScoreRun * kScoreRun;
     for (index_t r = 0; r < rows; ++r) {
       const std::span<float> row(memory_.scores + r * kScoreStride + first,
@@ -296,25 +298,31 @@ class TileRun {
     }
     return finite;
   }
-  void note_live(index_t rows, index_t begin, index_t end) {
-    for (index_t r = 0; r < rows; ++r) {
-      for (index_t j = begin; j < end; ++j)
-        memory_.live[r * kMaxKeyTile + j] = memory_.scores[r * kScoreStride + j] != -std::numeric_limits<float>::infinity();
+  // Asks the mask, not the scores: a visible key may have a score of -inf.
+  void note_live(const Tile& tile, index_t tile_begin) {
+    for (std::size_t r = 0; r < tile.rows.size(); ++r) {
+      const auto keep = spec_.mask.at(tile.rows[r]);
+      std::uint8_t* const live = memory_.live + static_cast<index_t>(r) * kMaxKeyTile;
+      for (index_t j = tile.k_begin; j < tile.k_end; ++j) {
+        alignas(f32) float lanes[kLanes];
+        store(lanes, select(keep(lane_numbers() + i32(static_cast<std::int32_t>(j))), f32(1.f), f32(0.f)));
+        live[j - tile_begin] = lanes[0] != 0.f;
+      }
     }
   }
   void weigh_live(index_t g, const Tile& tile, index_t tile_begin) {
     const float keep = 1.f;
     for (index_t r = 0; r < static_cast<index_t>(tile.rows.size()); ++r) {
-      const std::uint8_t* const live = memory_.live + r * kMaxKeyTile - tile_begin;
+      const std::uint8_t* const live = memory_.live + r * kMaxKeyTile;
       const float* rescale = memory_.rescale + r;
       for (index_t j = tile.k_begin; j < tile.k_end;) {
-        if (!live[j]) {
+        if (!live[j - tile_begin]) {
           ++j;
           continue;
         }
         index_t end = j;
-        while (end < tile.k_end && live[end]) ++end;
-        weigh_stored(g * group_rows_ + r, 1, Tile{tile.rows, j, end}, memory_.scores + r * kScoreStride + j - tile_begin,
+        while (end < tile.k_end && live[end - tile_begin]) ++end;
+        weigh_stored(g * group_rows_ + r, 1, Tile{tile.rows, j, end}, memory_.scores + r * kScoreStride + (j - tile_begin),
                      rescale);
         rescale = &keep;
         j = end;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adding partial rows up: key splits inside the engine, and the public merge of (out, lse) pairs.
+// Adding up the partial rows of key splits.
 #pragma once
 #include "../simd/simd.hpp"
 #include "policies.hpp"

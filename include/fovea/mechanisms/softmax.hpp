@@ -32,6 +32,7 @@ class AttentionRun {
   Store epilogue{};
   std::byte* workspace = nullptr;
   std::size_t lane_bytes = 0;
+  int lanes = 0;   // slices the workspace holds
   std::atomic<index_t> next_task{0};
 
   bool modified() const {
@@ -80,11 +81,12 @@ inline void bind(AttentionRun& run, const Plan& plan, Tensor<const float> q, Ten
 }
 
 // Lays the lanes' slices and the partials out in `workspace` and resets the counters.
-inline void open_workspace(AttentionRun& run, std::span<std::byte> workspace) {
+inline void open_workspace(AttentionRun& run, std::span<std::byte> workspace, int lanes) {
   Bump lane;
   carve_lane(lane, *run.plan);
   run.workspace = aligned(workspace).data();
   run.lane_bytes = lane.used();
+  run.lanes = lanes;
   Bump shared(run.workspace);
   const SharedMemory memory = carve_shared(shared, *run.plan);
   for (std::size_t b = 0; memory.open != nullptr && b < run.plan->blocks.size(); ++b)
@@ -92,7 +94,9 @@ inline void open_workspace(AttentionRun& run, std::span<std::byte> workspace) {
   run.next_task.store(0, std::memory_order_relaxed);
 }
 
+// A lane the workspace has no slice for does nothing; the others draw all tasks.
 inline void softmax_lane(AttentionRun& run, int lane) {
+  if (lane < 0 || lane >= run.lanes) return;
   Bump shared_bytes(run.workspace);
   const SharedMemory shared = carve_shared(shared_bytes, *run.plan);
   Bump lane_bytes(run.workspace + shared_bytes.used() + run.lane_bytes * static_cast<std::size_t>(lane));

@@ -72,7 +72,7 @@ struct Softmax {
   // too, and cancels, as long as it is small against 1: beyond, subtract first and pay a second instruction.
   static constexpr float kLargeShift = 0x1p23f;
 
-  // Weights below 2^-100 of the row's largest count as 0. Kept, their products with V are denormal, and a denormal costs an
+  // Weights below 2^-100 of the largest so far count as 0. Kept, their products with V are denormal, and a denormal costs an
   // assist of some 150 cycles in every FMA it meets: ALiBi with steep slopes ran at a third of its speed.
   static constexpr float kLowest = -100.f;
 
@@ -103,12 +103,16 @@ struct Softmax {
     }
   }
 
-  // exp(from - to), for a reference that moves up.
+  // exp(from - to), for a reference that moves up: 2^(old shift - new shift), with the shifts as they were rounded.
   FOVEA_INLINE static float moved(float from, float to) {
     if (from == to) return 1.f;
     if (from == kNothing) return 0.f;
-    const float shift = to * kLog2e;
-    return exp2(std::abs(shift) < kLargeShift ? from * kLog2e - shift : (from - to) * kLog2e, kLowest);
+    return exp2(std::fma(from - to, kLog2e, residue(to) - residue(from)), kLowest);
+  }
+  // What the rounding of a shift lost; nothing where the large form subtracts the reference itself.
+  FOVEA_INLINE static float residue(float reference) {
+    const float shift = reference * kLog2e;
+    return std::abs(shift) < kLargeShift ? std::fma(reference, kLog2e, -shift) : 0.f;
   }
 };
 

@@ -48,7 +48,7 @@ struct Bias {
     FOVEA_INLINE f32 operator()(f32 s, i32 pos) const {
       if (bias == nullptr) return s;
       const index_t first = first_lane(pos);
-      return s + load_strided(bias + first * stride, stride, end - first);
+      return fma(load_strided(bias + first * stride, stride, end - first), f32(1.f), s);   // a sum no compiler fuses with s
     }
   };
   FOVEA_INLINE Lane at(const Row& row) const {

@@ -18,7 +18,7 @@ FOVEA_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
 // intrinsics, hence asm.
 FOVEA_INLINE f32 fma_from_memory(const float* a, f32 b, f32 c) {
   __m512 sum = c;
-  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(static_cast<__m512>(b)), "m"(*a));
+  asm("vfmadd231ps {%2%{1to16%}, %1, %0|%0, %1, %2%{1to16%}}" : "+v"(sum) : "v"(static_cast<__m512>(b)), "m"(*a));
   return sum;
 }
 
