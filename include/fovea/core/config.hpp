@@ -131,7 +131,6 @@
 #define FOVEA_DATA_INLINE inline __attribute__((always_inline))
 #define FOVEA_NOINLINE __attribute__((noinline))
 #define FOVEA_UNROLL _Pragma("GCC unroll 32")
-#define FOVEA_UNROLL_4 _Pragma("GCC unroll 4")
 
 // FOVEA_CHECKED turns internal assertions on; it is part of FOVEA_ARCH, so checked and unchecked code can be linked together.
 #if defined(FOVEA_CHECKED)
