@@ -64,7 +64,12 @@ long allocations_of(F&& f) {
 }  // namespace
 
 TEST_CASE("the counter counts", "[allocation]") {
-  CHECK(allocations_of([] { std::vector<int> some(100); }) == 1);
+  // The address leaves through a volatile, or clang removes the pair of new and delete, as it may.
+  CHECK(allocations_of([] {
+          std::vector<int> some(100);
+          const volatile int* volatile seen = some.data();
+          (void)seen;
+        }) == 1);
 }
 
 TEST_CASE("a warm call allocates nothing, whatever the options", "[allocation]") {

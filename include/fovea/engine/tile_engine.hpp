@@ -152,8 +152,9 @@ class TileRun {
   void open_rows(const Task& task) {
     list_rows(plan_, *block_, memory_.rows);
     for (index_t r = 0; r < block_->row_count; ++r) states_[r] = spec_.norm.begin(memory_.rows[r], false);
-    std::memset(memory_.acc, 0,
-                static_cast<std::size_t>(padded(block_->row_count, group_rows_) * acc_stride(plan_)) * sizeof(float));
+    // Packed kernels round the last group's rows up; the others touch the rows they are given, and one row is the usual case.
+    const index_t cleared = packed() ? padded(block_->row_count, group_rows_) : block_->row_count;
+    std::memset(memory_.acc, 0, static_cast<std::size_t>(cleared * acc_stride(plan_)) * sizeof(float));
     reach_ = {task.k_end, task.k_begin};
     for (index_t g = 0; g < groups(); ++g) {
       const std::span<const Row> rows = rows_of(g);
