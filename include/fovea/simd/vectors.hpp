@@ -30,6 +30,13 @@ FOVEA_INLINE f32 load(const float* from) { return f32::load_unaligned(from); }
 FOVEA_INLINE void store(float* to, f32 v) { v.store_unaligned(to); }
 FOVEA_INLINE f32 select(keep_t keep, f32 a, f32 b) { return xsimd::select(keep, a, b); }
 
+// Whether fma() rounds once. Without the instruction it is a product and a sum.
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__) || defined(__ARM_FEATURE_FMA)
+inline constexpr bool kFusedFma = true;
+#else
+inline constexpr bool kFusedFma = false;
+#endif
+
 // An integer comparison as the mask of a float vector.
 template <class IntMask>
 FOVEA_INLINE keep_t as_keep(IntMask mask) {

@@ -69,8 +69,9 @@ struct Softmax {
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
   // One FMA makes the exponent of a weight: s log2 e - shift. The rounding of the shift is shared by sum and weights, in moved()
-  // too, and cancels, as long as it is small against 1: beyond, subtract first and pay a second instruction.
-  static constexpr float kLargeShift = 0x1p23f;
+  // too, and cancels, as long as it is small against 1: beyond, subtract first and pay a second instruction. Without a fused
+  // FMA the product is rounded too, and subtracting first costs nothing.
+  static constexpr float kLargeShift = kFusedFma ? 0x1p23f : 0.f;
 
   // Weights below 2^-100 of the largest so far count as 0. Kept, their products with V are denormal, and a denormal costs an
   // assist of some 150 cycles in every FMA it meets: ALiBi with steep slopes ran at a third of its speed.
