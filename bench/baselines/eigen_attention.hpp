@@ -10,10 +10,10 @@
 #endif
 #include <Eigen/Dense>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <vector>
 
+#include "deal_heads.hpp"
 #include "visible_keys.hpp"
 
 namespace fovea_baselines {
@@ -85,17 +85,9 @@ inline void one_head(const fovea::Tensor<const float>& q, const fovea::Tensor<co
 inline void eigen_attention(fovea::Tensor<const float> q, fovea::Tensor<const float> k, fovea::Tensor<const float> v,
                             fovea::Tensor<float> out, const fovea::AttentionOptions& options = {}) {
   const float scale = options.scale.value_or(1.f / std::sqrt(static_cast<float>(q.extent[3])));
-  const index_t heads = q.extent[1], tasks = q.extent[0] * heads;
-  std::atomic<index_t> next{0};
-  auto lane = [&](int) {
-    thread_local std::vector<float> scores;   // kept between calls: the baseline is not to be charged for the allocator
-    for (index_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      const index_t batch = task / heads;
-      eigen_detail::one_head(q, k, v, out, batch, task % heads, scale, VisibleKeys(options, batch, q.extent[2], k.extent[2]),
-                             scores);
-    }
-  };
-  options.executor.run(fovea::LaneFunction(lane));
+  deal_heads(options.executor, q, [&](index_t batch, index_t q_head, std::vector<float>& scores) {
+    eigen_detail::one_head(q, k, v, out, batch, q_head, scale, VisibleKeys(options, batch, q.extent[2], k.extent[2]), scores);
+  });
 }
 
 }  // namespace fovea_baselines

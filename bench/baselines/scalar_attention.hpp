@@ -4,11 +4,11 @@
 //
 // Carries scale, causal, window, q_offset and len_k; other options are ignored. Any strides.
 #pragma once
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "deal_heads.hpp"
 #include "visible_keys.hpp"
 
 namespace fovea_baselines {
@@ -47,20 +47,12 @@ inline void one_query(const fovea::Tensor<const float>& q, const fovea::Tensor<c
 inline void scalar_attention(fovea::Tensor<const float> q, fovea::Tensor<const float> k, fovea::Tensor<const float> v,
                              fovea::Tensor<float> out, const fovea::AttentionOptions& options = {}) {
   const float scale = options.scale.value_or(1.f / std::sqrt(static_cast<float>(q.extent[3])));
-  const index_t heads = q.extent[1], tasks = q.extent[0] * heads;
-  std::atomic<index_t> next{0};
-  auto lane = [&](int) {
-    thread_local std::vector<float> weights;
+  deal_heads(options.executor, q, [&](index_t batch, index_t q_head, std::vector<float>& weights) {
     if (weights.size() < static_cast<std::size_t>(k.extent[2])) weights.resize(static_cast<std::size_t>(k.extent[2]));
-    for (index_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      const index_t batch = task / heads;
-      const VisibleKeys visible(options, batch, q.extent[2], k.extent[2]);
-      for (index_t query = 0; query < q.extent[2]; ++query) {
-        scalar_detail::one_query(q, k, v, out, batch, task % heads, query, scale, visible.of(query), weights);
-      }
-    }
-  };
-  options.executor.run(fovea::LaneFunction(lane));
+    const VisibleKeys visible(options, batch, q.extent[2], k.extent[2]);
+    for (index_t query = 0; query < q.extent[2]; ++query)
+      scalar_detail::one_query(q, k, v, out, batch, q_head, query, scale, visible.of(query), weights);
+  });
 }
 
 }  // namespace fovea_baselines

@@ -382,14 +382,6 @@ inline Status execute(Local& local, const Plan& plan, Tensor<const float> q, Ten
   return execute(local.run, local.workspace(plan.workspace_bytes(lanes)), lanes, plan, q, k, v, out, options);
 }
 
-// The stride of an axis of extent 1 is never used, and other libraries leave anything there: 0 cannot overflow.
-template <class T, int Rank>
-View<T, Rank> tidy(View<T, Rank> view) {
-  for (std::size_t axis = 0; axis < Rank; ++axis) {
-    if (view.extent[axis] <= 1) view.stride[axis] = 0;
-  }
-  return view;
-}
 template <class... Views>
 void tidy_all(Views&... views) {
   ((views = tidy(views)), ...);
@@ -406,6 +398,13 @@ inline Status supports(const AttentionShape& shape, const AttentionOptions& opti
 }
 
 namespace door {
+inline Status check_planned_call(const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
+                                 Tensor<float> out, const AttentionOptions& options) {
+  const AttentionShape shape = shape_of(q, k, v);
+  if (Status s = check_tensors(q, k, v, out, options); !s.ok()) return s;
+  if (Status s = supports(shape, options); !s.ok()) return s;
+  return check_plan(plan, shape, options);
+}
 inline void list_sequences(Plan& plan, const AttentionShape& shape, const AttentionOptions& options) {
   plan.sequences.clear();
   for (index_t b = 0; b < count_sequences(shape, options); ++b) plan.sequences.push_back(sequence_of(shape, options, b));
@@ -437,10 +436,7 @@ inline Status attention(Tensor<const float> q, Tensor<const float> k, Tensor<con
 inline Status attention(const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
                         Tensor<float> out, const AttentionOptions& options) {
   door::tidy_all(q, k, v, out);
-  const AttentionShape shape = door::shape_of(q, k, v);
-  if (Status s = door::check_tensors(q, k, v, out, options); !s.ok()) return s;
-  if (Status s = supports(shape, options); !s.ok()) return s;
-  if (Status s = door::check_plan(plan, shape, options); !s.ok()) return s;
+  if (Status s = door::check_planned_call(plan, q, k, v, out, options); !s.ok()) return s;
   if (!options.workspace.empty()) {
     AttentionRun run;
     return door::execute(run, options.workspace, options.executor.lanes(), plan, q, k, v, out, options);
@@ -451,10 +447,7 @@ inline Status attention(const Plan& plan, Tensor<const float> q, Tensor<const fl
 inline Status prepare(AttentionRun& run, const Plan& plan, Tensor<const float> q, Tensor<const float> k,
                       Tensor<const float> v, Tensor<float> out, const AttentionOptions& options) {
   door::tidy_all(q, k, v, out);
-  const AttentionShape shape = door::shape_of(q, k, v);
-  if (Status s = door::check_tensors(q, k, v, out, options); !s.ok()) return s;
-  if (Status s = supports(shape, options); !s.ok()) return s;
-  if (Status s = door::check_plan(plan, shape, options); !s.ok()) return s;
+  if (Status s = door::check_planned_call(plan, q, k, v, out, options); !s.ok()) return s;
   if (Status s = door::check_workspace(options.workspace, plan.workspace_bytes(options.executor.lanes())); !s.ok()) return s;
   bind(run, plan, q, k, v, out, options);
   open_workspace(run, options.workspace, options.executor.lanes());

@@ -34,6 +34,16 @@ struct View {
   FOVEA_DATA_INLINE operator View<const T, Rank>() const requires(!std::is_const_v<T>) { return {data, extent, stride}; }
 };
 
+// The same view with stride 0 on the axes of extent 1: their stride is never used, other libraries leave anything there, and 0
+// neither overflows nor stops a mask from being broadcast.
+template <class T, int Rank>
+FOVEA_DATA_INLINE View<T, Rank> tidy(View<T, Rank> view) {
+  for (int axis = 0; axis < Rank; ++axis) {
+    if (view.extent[static_cast<std::size_t>(axis)] <= 1) view.stride[static_cast<std::size_t>(axis)] = 0;
+  }
+  return view;
+}
+
 // Four axes everywhere: [batch, head, pos, dim]. Ragged batches are batch 1 with the sequences one after the other along
 // pos.
 template <class T>

@@ -203,7 +203,7 @@ class TileRun {
     }
   }
 
-  // K transposed into panels, V copied into panels: 1 % of the arithmetic it serves at 400 rows a block.
+  // K transposed into panels, V copied into panels, once for all rows of the block.
   void pack_tile(const Tile& tile, index_t tile_begin) {
     const Where where = spec_.source.where(tile);
     index_t column = tile.k_begin - tile_begin;
@@ -252,7 +252,6 @@ class TileRun {
       memory_.rescale[r] = spec_.norm.absorb(states_[g * group_rows_ + r], row);
       spec_.tap.absorb(tile.rows[static_cast<std::size_t>(r)], tile_begin + first, row, memory_.rescale[r]);
     }
-    for (index_t r = rows; r < group_rows_; ++r) memory_.rescale[r] = 1.f;
 
     if (some_masked) {
       weigh_live(g, tile, tile_begin);
@@ -264,6 +263,7 @@ class TileRun {
   }
 
   void weigh_packed(index_t g, index_t rows, index_t begin, index_t end) {
+    std::fill(memory_.rescale + rows, memory_.rescale + group_rows_, 1.f);   // the kernels round rows up
     float* const acc = memory_.acc + g * group_rows_ * acc_stride(plan_);
     const float* values = memory_.values + begin * kPanel;
     for (index_t d = 0; d < dim_v(); d += kPanel, values += plan_.key_tile_size * kPanel) {

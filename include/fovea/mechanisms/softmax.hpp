@@ -50,15 +50,6 @@ inline Reach reach_of(const AttentionOptions& options) {
           options.causal == Causal::none ? right : std::min<index_t>(right, 0)};
 }
 
-// Stride 0 on the axes a mask broadcasts.
-template <class T>
-View<const T, 4> broadcast(View<const T, 4> mask) {
-  for (std::size_t axis = 0; axis < 3; ++axis) {
-    if (mask.extent[axis] == 1) mask.stride[axis] = 0;
-  }
-  return mask;
-}
-
 // Everything but the workspace; also what the weights export needs.
 inline void bind(AttentionRun& run, const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
                  Tensor<float> out, const AttentionOptions& options) {
@@ -74,8 +65,8 @@ inline void bind(AttentionRun& run, const Plan& plan, Tensor<const float> q, Ten
                 plan.sequences.data(),
                 kv_kernels<F32Codec, F32Codec>()};
   run.score = {{{options.softcap}, {options.alibi_slopes.empty() ? nullptr : options.alibi_slopes.data()}},
-               {broadcast(options.bias)}};
-  run.mask = {{plan.request.reach}, {broadcast(options.keep), broadcast(options.bias)}};
+               {tidy(options.bias)}};
+  run.mask = {{plan.request.reach}, {tidy(options.keep), tidy(options.bias)}};
   run.norm = {options.sink.empty() ? nullptr : options.sink.data(), options.lse.data != nullptr};
   run.epilogue = {out, options.lse, plan.sequences.data()};
 }
