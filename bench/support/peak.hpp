@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The limit of compute: fp32 fused multiply-adds in registers and nothing else. Chains start from different values and go
-// through inline assembly, because a compiler merges identical ones (and reports twice the truth) and spills arrays of them.
+// The limits of compute: fp32 fused multiply-adds, or dot products of bf16 pairs, in registers and nothing else. Chains
+// start from different values and go through inline assembly, because a compiler merges identical ones (and reports twice
+// the truth) and spills arrays of them.
 #pragma once
 #include <algorithm>
 #include <chrono>
@@ -49,26 +50,65 @@ inline __attribute__((noinline)) float fma_rounds(long rounds) {
   return sum;
 }
 
+#if defined(__AVX512BF16__)
+inline constexpr bool kHasBf16Peak = true;
+#define FOVEA_BENCH_BF16_DOT(acc, a, b) __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b))
+#else
+inline constexpr bool kHasBf16Peak = false;
+#define FOVEA_BENCH_BF16_DOT(acc, a, b) acc = acc * a + b
+#endif
+
+// A lane multiplies and adds two numbers.
+inline constexpr double kPeakBf16FlopsPerRound = 2. * kPeakFlopsPerRound;
+
+// Latency 8 and one every second cycle (Sapphire Rapids) ask for 4 chains, latency 6 and one a cycle (Zen 4) for 6.
+inline __attribute__((noinline)) float bf16_dot_rounds(long rounds) {
+  volatile float opaque = 0x1.020202p-3f;   // as a pair: 0.126 and a small normal number
+  const PeakVector pairs = PeakVector{} + opaque, others = PeakVector{} + opaque * 0.5f;
+  PeakVector acc[kPeakChains];
+#pragma GCC unroll 32
+  for (int chain = 0; chain < kPeakChains; ++chain) acc[chain] = PeakVector{} + opaque * static_cast<float>(chain + 1);
+  for (long round = 0; round < rounds; ++round) {
+#pragma GCC unroll 32
+    for (int chain = 0; chain < kPeakChains; ++chain) FOVEA_BENCH_BF16_DOT(acc[chain], pairs, others);
+  }
+  float sum = 0.f;
+#pragma GCC unroll 32
+  for (int chain = 0; chain < kPeakChains; ++chain) sum += acc[chain][0];
+  return sum;
+}
+
 // GFLOP/s of `threads` cores together: the best of `windows` runs of about `seconds` each. Noise only ever takes away.
-inline double fma_gflops(PinnedPool& pool, int threads, double seconds, int windows) {
+template <float (*run_rounds)(long)>
+inline double rounds_gflops(PinnedPool& pool, int threads, double seconds, int windows, double flops_per_round) {
   static const double seconds_per_round = [] {
     double best = 1;
     for (int attempt = 0; attempt < 5; ++attempt) {
       const double start = now();
-      keep(fma_rounds(20000));
+      keep(run_rounds(20000));
       best = std::min(best, (now() - start) / 20000);
     }
     return best;
   }();
   const long rounds = std::max(1L, static_cast<long>(seconds / seconds_per_round));
-  auto lane = [&](int) { keep(fma_rounds(rounds)); };
+  auto lane = [&](int) { keep(run_rounds(rounds)); };
   double best = 0;
   for (int window = 0; window < windows; ++window) {
     const double start = now();
     pool.run(threads, fovea::LaneFunction(lane));
-    best = std::max(best, kPeakFlopsPerRound * static_cast<double>(rounds) * threads / (now() - start) * 1e-9);
+    best = std::max(best, flops_per_round * static_cast<double>(rounds) * threads / (now() - start) * 1e-9);
   }
   return best;
+}
+
+inline double fma_gflops(PinnedPool& pool, int threads, double seconds, int windows) {
+  return rounds_gflops<fma_rounds>(pool, threads, seconds, windows, kPeakFlopsPerRound);
+}
+
+// 0 where this build has no dot product of bf16 pairs.
+inline double bf16_gflops(PinnedPool& pool, int threads, double seconds, int windows) {
+  if (!kHasBf16Peak) return 0;
+  return rounds_gflops<bf16_dot_rounds>(pool, threads, seconds, windows, kPeakBf16FlopsPerRound);
 }
 
 }  // namespace fovea_bench

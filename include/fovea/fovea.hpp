@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Everything. A map of the library, floor by floor; a file includes only its own floor and lower ones:
 //   attention.hpp    front door 1: exact softmax attention
+//   cascade.hpp      the same over prefixes that several requests share
+//   cache/           containers that own KV memory (not included here: an engine picks one)
 //   mechanisms/      one file each: a choice of policies on an engine
 //   engine/          the tile engine, its plan and its concepts; parts/ holds the standard policies
 //   simd/            vectors, elementary functions, packing, micro-kernels; one copy per instruction set
@@ -9,3 +11,4 @@
 //   adapters/        executors over OpenMP, oneTBB, Eigen and std::thread; views from Eigen and std::mdspan (not included here)
 #pragma once
 #include "attention.hpp"
+#include "cascade.hpp"

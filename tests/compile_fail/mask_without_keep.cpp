@@ -7,8 +7,7 @@
 namespace {
 
 struct Source {
-  fovea::KvKernels kernels;
-  fovea::Where where(const fovea::Tile&) const { return {}; }
+  fovea::Run run(const fovea::Row&, fovea::index_t, fovea::index_t) const { return {}; }
 };
 
 struct EvenKeysOnly {
@@ -25,7 +24,7 @@ struct EvenKeysOnly {
 struct Sum {
   struct State {};
   State begin(const fovea::Row&, bool) const { return {}; }
-  float absorb(State&, std::span<float>) const { return 1.f; }
+  void absorb(State*, const fovea::ScoreRows&, float*) const {}
   std::array<float, 2> merge(State&, const State&) const { return {1.f, 1.f}; }
   fovea::Final finish(const State&) const { return {1.f, 0.f}; }
 };

@@ -19,14 +19,14 @@ struct TwoPieces {
   index_t border, dim;
   KvKernels kernels = kv_kernels<F32Codec, F32Codec>();
 
-  Where where(const Tile& tile) const {
-    const auto pieces = [&](const float* head, const float* rest) {
-      const index_t split = std::clamp(border, tile.k_begin, tile.k_end);
-      return std::array<Segment, 2>{
-          Segment{reinterpret_cast<const std::byte*>(head + tile.k_begin * dim), dim * 4, split - tile.k_begin},
-          Segment{reinterpret_cast<const std::byte*>(rest + (split - border) * dim), dim * 4, tile.k_end - split}};
+  Run run(const Row&, index_t begin, index_t end) const {
+    const bool head = begin < border;
+    const index_t count = head ? std::min(border, end) - begin : end - begin;
+    const auto piece = [&](const float* first, const float* rest) {
+      const float* const at = head ? first + begin * dim : rest + (begin - border) * dim;
+      return Segment{reinterpret_cast<const std::byte*>(at), dim * 4, count, 0};
     };
-    return {pieces(k, k_rest), pieces(v, v_rest)};
+    return {piece(k, k_rest), piece(v, v_rest), &kernels};
   }
 };
 
@@ -34,9 +34,11 @@ struct TwoPieces {
 struct Sigmoid {
   struct State {};
   State begin(const Row&, bool) const { return {}; }
-  float absorb(State&, std::span<float> s) const {
-    for (float& x : s) x = 1.f / (1.f + std::exp(-x));   // exp(+inf) = inf, so a masked score gives 0
-    return 1.f;
+  void absorb(State*, const ScoreRows& scores, float* rescale) const {
+    for (index_t r = 0; r < scores.rows; ++r) {
+      for (float& x : scores.row(r)) x = 1.f / (1.f + std::exp(-x));   // exp(+inf) = inf, so a masked score gives 0
+      rescale[r] = 1.f;
+    }
   }
   std::array<float, 2> merge(State&, const State&) const { return {1.f, 1.f}; }
   Final finish(const State&) const { return {1.f, 0.f}; }
@@ -85,8 +87,8 @@ struct Setup {
       tensor->resize(static_cast<std::size_t>((tensor == &k || tensor == &v ? len_k : len_q) * dim));
       for (float& x : *tensor) x = random.normal();
     }
-    plan.sequences.push_back({0, len_q, 0, len_k, 0, 0});
-    plan.build({1, 1, dim, dim, {kUnbounded, kUnbounded}, regime, 1, {}}).or_throw();
+    plan.sequences.push_back({0, len_q, 0, len_k, 0, 0, 0});
+    plan.build({1, 1, dim, dim, {kUnbounded, kUnbounded}, regime, Panels::f32, 1, {}}).or_throw();
   }
 
   template <class Spec>
@@ -98,7 +100,7 @@ struct Setup {
     const LaneMemory memory = carve_lane(lane_bytes, plan);
     for (std::size_t b = 0; shared.open != nullptr && b < plan.blocks.size(); ++b) shared.open[b] = plan.blocks[b].splits;
     std::atomic<index_t> next{0};
-    run_tiles(plan, Queries{bhsd<const float>(q.data(), 1, 1, len_q, dim), 0.25f}, spec, memory, shared, next);
+    run_tiles<F32Panels>(plan, Queries{bhsd<const float>(q.data(), 1, 1, len_q, dim), 0.25f, nullptr}, spec, memory, shared, next);
   }
   Store store() { return {bhsd(out.data(), 1, 1, len_q, dim), {}, plan.sequences.data()}; }
   TwoPieces source() const {

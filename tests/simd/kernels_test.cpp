@@ -23,6 +23,11 @@ std::vector<float> numbers(index_t count, std::uint64_t seed) {
 
 const float kNan = std::numeric_limits<float>::quiet_NaN();
 
+// Rows of `dim` floats, one behind the other.
+Segment rows_at(const float* from, index_t dim, index_t count) {
+  return {reinterpret_cast<const std::byte*>(from), dim * 4, count, 4096};
+}
+
 }   // namespace
 
 TEST_CASE("transpose and the lane sums") {
@@ -66,13 +71,11 @@ TEST_CASE("packed scores and weights: every row count, against double, bits of e
   const index_t dim = 37, keys = 2 * kPanel;
   const std::vector<float> q = numbers(kTileRows * dim, 3), k = numbers(keys * dim, 4), v = numbers(keys * dim, 5);
   std::vector<float> panels(static_cast<std::size_t>(keys * dim), kNan);
-  const auto* const key_bytes = reinterpret_cast<const std::byte*>(k.data());
-  pack_keys(F32Codec{}, key_bytes, dim * 4, 5, dim, 0, panels.data());   // two segments, the border inside a vector
-  pack_keys(F32Codec{}, key_bytes + 5 * dim * 4, dim * 4, keys - 5, dim, 5, panels.data());
+  pack_keys(F32Codec{}, rows_at(k.data(), dim, 5), dim, 0, panels.data());   // two segments, the border inside a vector
+  pack_keys(F32Codec{}, rows_at(k.data() + 5 * dim, dim, keys - 5), dim, 5, panels.data());
   const index_t value_panels = (dim + kPanel - 1) / kPanel;
   std::vector<float> values(static_cast<std::size_t>(value_panels * keys * kPanel), kNan);
-  CHECK(pack_values(F32Codec{}, reinterpret_cast<const std::byte*>(v.data()), dim * 4, keys, dim, values.data(),
-                    keys * kPanel));
+  CHECK(pack_values(F32Codec{}, rows_at(v.data(), dim, keys), dim, values.data(), keys * kPanel));
 
   std::vector<float> full;
   for (index_t rows = kTileRows; rows >= 1; --rows) {
@@ -121,12 +124,12 @@ TEST_CASE("a value that is not finite is noticed while packing and while looking
   for (const float bad : {kNan, std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
     for (const index_t at : {index_t{0}, dim - 1, 4 * dim + 16, keys * dim - 1}) {
       std::vector<float> v = numbers(keys * dim, 6), to(static_cast<std::size_t>(keys * 4 * kPanel));
-      const auto* const bytes = reinterpret_cast<const std::byte*>(v.data());
-      CHECK(pack_values(F32Codec{}, bytes, dim * 4, keys, dim, to.data(), keys * kPanel));
-      CHECK(all_finite(F32Codec{}, bytes, dim * 4, keys, dim));
+      const Segment rows = rows_at(v.data(), dim, keys);
+      CHECK(pack_values(F32Codec{}, rows, dim, to.data(), keys * kPanel));
+      CHECK(all_finite(F32Codec{}, rows, dim));
       v[static_cast<std::size_t>(at)] = bad;
-      CHECK_FALSE(pack_values(F32Codec{}, bytes, dim * 4, keys, dim, to.data(), keys * kPanel));
-      CHECK_FALSE(all_finite(F32Codec{}, bytes, dim * 4, keys, dim));
+      CHECK_FALSE(pack_values(F32Codec{}, rows, dim, to.data(), keys * kPanel));
+      CHECK_FALSE(all_finite(F32Codec{}, rows, dim));
     }
   }
 }
@@ -137,17 +140,16 @@ TEST_CASE("streamed scores and weights: bits do not depend on the rows and keys 
     std::vector<float> q(static_cast<std::size_t>(rows * padded_dim), 0.f);
     const std::vector<float> raw = numbers(rows * dim, 7), k = numbers(keys * dim, 8), v = numbers(keys * dim, 9);
     for (index_t r = 0; r < rows; ++r) std::copy_n(raw.data() + r * dim, dim, q.data() + r * padded_dim);
-    const auto* const key_bytes = reinterpret_cast<const std::byte*>(k.data());
-    const auto* const value_bytes = reinterpret_cast<const std::byte*>(v.data());
     std::vector<float> together(static_cast<std::size_t>(rows * kScoreStride)),
         alone(static_cast<std::size_t>(kScoreStride));
-    stream_scores(F32Codec{}, rows, q.data(), padded_dim, key_bytes, dim * 4, keys, dim, together.data());
+    stream_scores(F32Codec{}, rows, q.data(), padded_dim, rows_at(k.data(), dim, keys), dim, together.data());
     std::vector<float> acc(static_cast<std::size_t>(rows * padded_dim), 0.5f);
     const std::vector<float> rescale(static_cast<std::size_t>(rows), 2.f);
-    stream_weigh(F32Codec{}, rows, together.data(), value_bytes, dim * 4, keys, dim, rescale.data(), acc.data(), padded_dim);
+    stream_weigh(F32Codec{}, rows, together.data(), rows_at(v.data(), dim, keys), dim, rescale.data(), acc.data(),
+                 padded_dim);
     for (index_t r = 0; r < rows; ++r) {
       for (index_t j = 0; j < keys; ++j) {
-        stream_scores(F32Codec{}, 1, q.data() + r * padded_dim, padded_dim, key_bytes + j * dim * 4, dim * 4, 1, dim,
+        stream_scores(F32Codec{}, 1, q.data() + r * padded_dim, padded_dim, rows_at(k.data() + j * dim, dim, 1), dim,
                       alone.data());
         const float score = together[static_cast<std::size_t>(r * kScoreStride + j)];
         CHECK(score == alone[0]);
@@ -158,11 +160,11 @@ TEST_CASE("streamed scores and weights: bits do not depend on the rows and keys 
         CHECK(std::abs(exact - static_cast<double>(score)) < 1e-4);
       }
       std::vector<float> acc_alone(static_cast<std::size_t>(padded_dim), 0.5f);
-      stream_weigh(F32Codec{}, 1, together.data() + r * kScoreStride, value_bytes, dim * 4, 13, dim, rescale.data(),
+      stream_weigh(F32Codec{}, 1, together.data() + r * kScoreStride, rows_at(v.data(), dim, 13), dim, rescale.data(),
                    acc_alone.data(), padded_dim);
       const float keep = 1.f;
-      stream_weigh(F32Codec{}, 1, together.data() + r * kScoreStride + 13, value_bytes + 13 * dim * 4, dim * 4, keys - 13,
-                   dim, &keep, acc_alone.data(), padded_dim);
+      stream_weigh(F32Codec{}, 1, together.data() + r * kScoreStride + 13, rows_at(v.data() + 13 * dim, dim, keys - 13), dim,
+                   &keep, acc_alone.data(), padded_dim);
       CHECK(std::memcmp(acc_alone.data(), acc.data() + r * padded_dim, static_cast<std::size_t>(dim) * sizeof(float)) == 0);
     }
   }

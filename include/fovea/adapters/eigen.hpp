@@ -1,14 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 // Views over Eigen: a row-major matrix [batch * pos, heads * dim], the shape a projection `x * W` leaves behind, seen as
 // [batch, head, pos, dim] without a copy. Takes Matrix, Map, Ref and blocks of them (qkv.leftCols(n)); const stays const.
+// Eigen's 16-bit numbers have the bits of fovea's: matrices of them give views of f16 and bf16, convert<f16>(Eigen::half(x))
+// and back keeps the bits, as_storage does the same for any view.
 #pragma once
 #include <Eigen/Core>
 #include <type_traits>
 
+#include "../core/convert.hpp"
 #include "../core/view.hpp"
 
 namespace fovea {
 inline namespace v0 {
+
+template <>
+struct StorageOf<Eigen::half> {
+  using type = f16;
+};
+template <>
+struct FormatOf<Eigen::half> : FormatOf<f16> {};
+template <>
+struct StorageOf<Eigen::bfloat16> {
+  using type = bf16;
+};
+template <>
+struct FormatOf<Eigen::bfloat16> : FormatOf<bf16> {};
 
 // A matrix whose columns are not heads * dim, or whose rows are not batch * pos, gives a view without data, which every
 // call refuses.
@@ -29,10 +45,10 @@ FOVEA_DATA_INLINE auto from_eigen(Matrix&& matrix, index_t heads, index_t batch 
     using Element = std::remove_pointer_t<decltype(matrix.data())>;
     const index_t rows = matrix.rows(), cols = matrix.cols();
     Tensor<Element> view;
-    if (heads <= 0 || batch <= 0 || cols % heads != 0 || rows % batch != 0) return view;
+    if (heads <= 0 || batch <= 0 || cols % heads != 0 || rows % batch != 0) return as_storage(view);
     const index_t len = rows / batch, dim = cols / heads, token = matrix.outerStride(), step = matrix.innerStride();
     view = {matrix.data(), {batch, heads, len, dim}, {len * token, dim * step, token, step}};
-    return view;
+    return as_storage(view);
   } else {
     return Tensor<const float>{};
   }

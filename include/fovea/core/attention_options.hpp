@@ -27,17 +27,24 @@ struct AttentionOptions {
 
   std::span<const index_t> q_offset = {};     // [sequence]      position of a sequence's query 0; may be negative
   std::span<const index_t> len_k = {};        // [sequence]      keys in use, at most the stored length
-  std::span<const index_t> cu_len_q = {};     // [sequence + 1]  ragged batch: q, k, v, out have batch 1, sequence b owns
-  std::span<const index_t> cu_len_k = {};     // [sequence + 1]  positions cu[b] .. cu[b+1]-1; both are given or neither
+  std::span<const index_t> cu_len_q = {};     // [sequence + 1]  ragged queries: q and out have batch 1, sequence b owns the
+                                              //                 positions cu_len_q[b] .. cu_len_q[b + 1] - 1
+  std::span<const index_t> cu_len_k = {};     // [sequence + 1]  ragged keys, in the same way; without it k and v have one
+                                              //                 batch entry, table row or ring per sequence
 
   std::span<const float> alibi_slopes = {};   // [q_head]        positive slope = farther keys count less
   std::span<const float> sink = {};           // [q_head]        learned logit without a value, not scaled, counted in the LSE
   View<const float, 4> bias = {};             // [sequence | 1, q_head | 1, len_q | 1, len_k]  added after softcap; -inf masks
   View<const std::uint8_t, 4> keep = {};      // [sequence | 1, q_head | 1, len_q | 1, len_k]  0 = masked, else visible
 
+  std::span<const std::uint64_t> tree = {};   // [batch * len_q]  draft trees: the last len_q keys of a sequence are its own
+                                              //                 queries, and query i sees bit j of its word, not key j < i.
+                                              //                 Sequences of more than 64 queries ignore their words
+
   View<float, 3> lse = {};                    // [batch, q_head, pos]  natural-log LSE output, optional; includes the sink
 
   Regime regime = Regime::automatic;
+  Panels panels = Panels::f32;
   Executor executor = {};
   std::span<std::byte> workspace = {};        // at least workspace_bytes(plan); empty = a thread-local one of the library
   CpuShape cpu = {};

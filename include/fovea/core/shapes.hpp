@@ -23,15 +23,12 @@ struct Tile {
   index_t k_begin, k_end;
 };
 
-// A run of stored K or V vectors, `stride` bytes apart.
+// A run of stored K or V vectors, `stride` bytes apart. What is read next lies `ahead` bytes behind each of them: inside the
+// run where it is long, at the start of the next page where it is short.
 struct Segment {
   const std::byte* data;
   index_t stride, count;
-};
-
-// Where the keys of a tile lie: two segments, because a tile may cross a page border or a ring's wrap.
-struct Where {
-  std::array<Segment, 2> k, v;
+  index_t ahead;
 };
 
 // What closes a row: its accumulator times `scale` is the output.

@@ -18,6 +18,8 @@ enum class Code : std::uint8_t {
   invalid_argument,      // the call contradicts itself or the contract
   unsupported,           // a fair wish this build cannot fulfil; the message says which axis
   workspace_too_small,   // the caller's buffer is smaller than workspace_bytes
+  out_of_memory,         // the system gave no memory for a container
+  out_of_pages,          // a cache has no page, slot or sequence left; it is as it was before the call
 };
 
 class [[nodiscard]] Status {

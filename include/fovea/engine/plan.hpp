@@ -21,7 +21,7 @@ inline namespace FOVEA_ARCH {
 // One sequence of the batch. `pos` is the position of its query 0.
 struct Sequence {
   index_t q_begin, len_q, k_begin, len_k, pos;
-  index_t batch;
+  index_t batch, kv_batch;   // entries of q and out, of k and v
   bool operator==(const Sequence&) const = default;
 };
 
@@ -50,12 +50,14 @@ struct PlanRequest {
   index_t q_heads, kv_heads, dim_qk, dim_v;
   Reach reach;
   Regime regime;
+  Panels panels;
   int lanes;
   CpuShape cpu;
 };
 
 inline constexpr index_t kDecodeRows = 16;    // at most so many query rows per kv head read K and V in place
-inline constexpr index_t kSplitKeys = 1024;   // decode: keys of one partial result
+inline constexpr index_t kWideRows = 256;     // at most so many are packed and still split the keys: one kv head of many
+inline constexpr index_t kSplitKeys = 1024;   // decode and wide decode: keys of one partial result
 inline constexpr index_t kMaxTasks = index_t{1} << 24;
 
 // K and V tiles of 128 KiB each at dim 128 stay in a 1 MiB L2 beside Q and the accumulators; larger dims take fewer keys.
@@ -74,7 +76,7 @@ class Plan {
   Status build(const PlanRequest& request);
 
   index_t group() const { return request.q_heads / request.kv_heads; }
-  index_t group_rows(Regime regime) const { return regime == Regime::prefill ? kTileRows : kDecodeRows; }
+  index_t group_rows(Regime regime) const { return regime == Regime::decode ? kDecodeRows : kTileRows; }
   // Positions of a row, its keys before any mask: hull of the reach, clipped to the sequence.
   index_t first_key(const Sequence& sequence, index_t pos) const {
     return std::clamp<index_t>(pos - request.reach.left, 0, sequence.len_k);
@@ -90,7 +92,7 @@ class Plan {
   index_t key_tile_size = 0;
   index_t max_rows = 0;       // of any block, rounded up to whole row groups
   index_t partial_rows = 0;   // (split, row) pairs
-  bool has_prefill = false;
+  bool has_packed = false;
   std::vector<Sequence> sequences;
   std::vector<Block> blocks;
   std::vector<Task> tasks;
@@ -99,7 +101,8 @@ class Plan {
 // One lane's slice of the workspace. Filled by the same code that counts its bytes.
 struct LaneMemory {
   Row* rows;            // [max_rows]
-  float* queries;       // prefill [row group, dim_qk, kTileRows], decode [row, padded dim_qk]
+  float* staging;       // [kTileRows, padded dim_qk]  queries that are not stored as f32
+  float* queries;       // packed [row group, dim_qk, kTileRows], decode [row, padded dim_qk]
   float* keys;          // [panel, dim_qk, kPanel]
   float* values;        // [panel, key_tile, kPanel]
   float* scores;        // [row of a group, kScoreStride]
@@ -118,9 +121,10 @@ inline index_t query_stride(const Plan& plan) { return padded(plan.request.dim_q
 
 inline LaneMemory carve_lane(Bump& bump, const Plan& plan) {
   const PlanRequest& r = plan.request;
-  const index_t rows = plan.max_rows, tile = plan.has_prefill ? plan.key_tile_size : 0;
+  const index_t rows = plan.max_rows, tile = plan.has_packed ? plan.key_tile_size : 0;
   LaneMemory memory{};
   memory.rows = bump.take<Row>(rows);
+  memory.staging = bump.take<float>(kTileRows * query_stride(plan));
   memory.queries = bump.take<float>(rows * query_stride(plan));
   memory.keys = bump.take<float>(tile * r.dim_qk);
   memory.values = bump.take<float>(tile * padded(r.dim_v, kPanel));
@@ -160,7 +164,7 @@ inline Status Plan::build(const PlanRequest& wanted) {
   request = wanted;
   key_tile_size = key_tile(request.dim_qk, request.dim_v);
   max_rows = partial_rows = 0;
-  has_prefill = false;
+  has_packed = false;
   blocks.clear();
   tasks.clear();
 
@@ -180,7 +184,9 @@ inline Status Plan::build(const PlanRequest& wanted) {
       if (rows == 0) continue;
       const Regime regime = request.regime != Regime::automatic ? request.regime
                             : rows <= kDecodeRows               ? Regime::decode
+                            : rows <= kWideRows                 ? Regime::wide_decode
                                                                 : Regime::prefill;
+      const bool splits_keys = regime != Regime::prefill;
       const index_t cap = regime == Regime::decode ? kDecodeRows : row_cap;
       const index_t count = std::max((rows + cap - 1) / cap, std::min(blocks_wanted, (rows + kTileRows - 1) / kTileRows));
       const index_t step = padded((rows + count - 1) / count, group_rows(regime));
@@ -189,9 +195,9 @@ inline Status Plan::build(const PlanRequest& wanted) {
         const index_t k_begin = first_key(sequence, sequence.pos + begin / group());
         const index_t k_end = std::max(end_key(sequence, sequence.pos + (end - 1) / group()), k_begin);
         // Splits start at absolute multiples, so a key belongs to the same split whoever asks.
-        const index_t first_split = regime == Regime::decode ? k_begin / kSplitKeys : 0;
+        const index_t first_split = splits_keys ? k_begin / kSplitKeys : 0;
         const index_t splits =
-            regime == Regime::decode ? std::max<index_t>((k_end + kSplitKeys - 1) / kSplitKeys - first_split, 1) : 1;
+            splits_keys ? std::max<index_t>((k_end + kSplitKeys - 1) / kSplitKeys - first_split, 1) : 1;
         const Block block{static_cast<std::int32_t>(s), 0, begin, row_count, static_cast<std::int32_t>(splits), regime, 0};
         if (!visit(block, k_begin, k_end, first_split)) return;
       }
@@ -221,7 +227,7 @@ inline Status Plan::build(const PlanRequest& wanted) {
       }
       if (block.splits > 1) partial_rows += block.splits * block.row_count;
     }
-    has_prefill = has_prefill || block.regime == Regime::prefill;
+    has_packed = has_packed || block.regime != Regime::decode;
     max_rows = std::max(max_rows, padded(block.row_count, group_rows(block.regime)));
     return true;
   });
@@ -240,15 +246,18 @@ inline Status Plan::build(const PlanRequest& wanted) {
 }
 
 inline std::string Plan::describe() const {
-  index_t split_blocks = 0, decode_blocks = 0, most_splits = 1;
+  index_t split_blocks = 0, decode_blocks = 0, wide_blocks = 0, most_splits = 1;
   for (const Block& block : blocks) {
     split_blocks += block.splits > 1;
     decode_blocks += block.regime == Regime::decode;
+    wide_blocks += block.regime == Regime::wide_decode;
     most_splits = std::max<index_t>(most_splits, block.splits);
   }
-  const char* const regime = decode_blocks == 0                                     ? "prefill (K and V packed per key tile)"
-                             : decode_blocks == static_cast<index_t>(blocks.size()) ? "decode (K and V read in place)"
-                                                                                    : "mixed prefill and decode";
+  const auto all = static_cast<index_t>(blocks.size());
+  const char* const regime = decode_blocks == all ? "decode (K and V read in place)"
+                             : wide_blocks == all ? "wide decode (K and V packed per key tile, keys split)"
+                             : decode_blocks + wide_blocks == 0 ? "prefill (K and V packed per key tile)"
+                                                                : "mixed, by the rows of each sequence";
   char text[640];
   std::snprintf(text, sizeof text,
                 "regime      %s\n"

@@ -8,38 +8,53 @@
 #include <type_traits>
 
 #include "../core/shapes.hpp"
-#include "../simd/gemm.hpp"
-#include "../simd/pack.hpp"
+#include "../simd/panels.hpp"
 #include "../simd/stream.hpp"
 
 namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-// lane: stored values -> a vector. load_some never touches memory beyond `count` values and gives zeros there.
+// lane: stored values -> a vector, numbers d .. d + kLanes - 1 of a row; d is a multiple of kLanes. load_some never touches
+// memory beyond `count` numbers and gives zeros there. Where a row has one scale for all its numbers, the codec leaves it out
+// (kRowScaled) and hands it over once per row: the kernels multiply a score or a weight instead of every number.
 template <class C>
-concept Codec = requires(const C& codec, const std::byte* row, index_t d, index_t count) {
-  { codec.load(row, d) } -> std::same_as<f32>;
-  { codec.load_some(row, d, count) } -> std::same_as<f32>;
-  { C::kBytes } -> std::convertible_to<index_t>;
+concept Codec = requires(const C& codec, const std::byte* row, index_t d, index_t count, index_t dim) {
+  { codec.load(row, d, dim) } -> std::same_as<f32>;
+  { codec.load_some(row, d, count, dim) } -> std::same_as<f32>;
+  { codec.scale(row, dim) } -> std::same_as<float>;
+  { C::kRowScaled } -> std::convertible_to<bool>;
+  { C::offset(index_t{}) } -> std::convertible_to<index_t>;   // of number d in the row, in bytes: what to prefetch
 };
 
-// What a pair of codecs can do, one pointer each, called once per tile: K and V formats add up instead of multiplying.
+// What a codec can do, one pointer each, called once per segment: K and V formats add up instead of multiplying. `pack` writes
+// the columns from `first` on of a key tile at `to`, in elements of the panel type it was made for (simd/panels.hpp).
+struct KeyKernels {
+  void (*pack)(const Segment& keys, index_t dim, index_t first, void* to);
+  void (*scores)(index_t rows, const float* q, index_t q_stride, const Segment& keys, index_t dim, float* s);
+};
+struct ValueKernels {
+  bool (*pack)(const Segment& values, index_t dim, index_t first, void* to, index_t panel_stride);
+  void (*weigh)(index_t rows, const float* p, const Segment& values, index_t dim, const float* rescale, float* acc,
+                index_t acc_stride);
+  bool (*finite)(const Segment& values, index_t dim);
+};
 struct KvKernels {
-  void (*pack_k)(const std::byte* rows, index_t stride, index_t count, index_t dim, index_t first, float* to);
-  bool (*pack_v)(const std::byte* rows, index_t stride, index_t count, index_t dim, float* to, index_t panel_stride);
-  void (*scores)(index_t rows, const float* q, index_t q_stride, const std::byte* keys, index_t stride, index_t count,
-                 index_t dim, float* s);
-  void (*weigh)(index_t rows, const float* p, const std::byte* values, index_t stride, index_t count, index_t dim,
-                const float* rescale, float* acc, index_t acc_stride);
-  bool (*finite)(const std::byte* values, index_t stride, index_t count, index_t dim);
+  KeyKernels k;
+  ValueKernels v;
 };
 
-// tile: where the stored rows of a tile are.
+// Where the keys of a run lie, and what reads them: both segments hold the same keys.
+struct Run {
+  Segment k, v;
+  const KvKernels* kernels;
+};
+
+// tile: where the stored rows are. The run starts at key `begin` of the row's sequence and ends at `end` or before, at the end
+// of a page, at a ring's wrap or where the format changes.
 template <class S>
-concept KvSource = requires(const S& source, const Tile& tile) {
-  { source.where(tile) } -> std::same_as<Where>;
-  { source.kernels } -> std::convertible_to<KvKernels>;
+concept KvSource = requires(const S& source, const Row& row, index_t begin, index_t end) {
+  { source.run(row, begin, end) } -> std::same_as<Run>;
 };
 
 // The keys outside [begin, end) are masked for every row asked about.
@@ -61,14 +76,22 @@ concept ScoreMod = requires(const M& mod, const Row& row, f32 s, i32 pos) {
   { mod.at(row)(s, pos) } -> std::same_as<f32>;
 };
 
+// The scores of a row group against one key tile: whole vectors of keys that start at a multiple of kScoreRun, -inf where masked.
+struct ScoreRows {
+  float* data;
+  index_t rows, count;
+  FOVEA_INLINE std::span<float> row(index_t r) const { return {data + r * kScoreStride, static_cast<std::size_t>(count)}; }
+};
+
 // row: scores -> weights, a monoid. begin(row, false) is its zero; begin(row, true) is what a whole row starts from (a sink).
-// absorb gets whole vectors of keys that start at a multiple of kScoreRun, -inf where masked; it turns them into weights in
-// place and returns by how much the accumulator shrinks. merge adds b to a and returns the factors of the two accumulators.
+// absorb turns scores into weights in place, row by row, and says in `rescale` by how much each row's accumulator shrinks; it
+// gets a group of rows at once, so that the latency of one row's reductions hides behind another's. merge adds b to a and
+// returns the factors of the two accumulators.
 template <class N>
 concept Normalizer = requires(const N& norm, typename N::State& a, const typename N::State& b, const Row& row,
-                              std::span<float> s) {
+                              const ScoreRows& scores, float* rescale) {
   { norm.begin(row, true) } -> std::same_as<typename N::State>;
-  { norm.absorb(a, s) } -> std::same_as<float>;
+  norm.absorb(&a, scores, rescale);
   { norm.merge(a, b) } -> std::same_as<std::array<float, 2>>;
   { norm.finish(b) } -> std::same_as<Final>;
 };
@@ -82,9 +105,9 @@ concept Tap = requires(const T& tap, const Row& row, index_t k_begin, std::span<
   tap.finish(row, end);
 };
 
-// row: what leaves the engine.
+// row: what leaves the engine. acc is padded to whole vectors and may be scribbled on.
 template <class E>
-concept Epilogue = requires(const E& epilogue, const Row& row, std::span<const float> acc, Final end) {
+concept Epilogue = requires(const E& epilogue, const Row& row, std::span<float> acc, Final end) {
   epilogue.store(row, acc, end);
 };
 
@@ -117,7 +140,7 @@ TileSpec(Source, Score, MaskPolicy, Norm, Watch, Close)
 template <class Spec>
 constexpr bool check_policies() {
   static_assert(KvSource<decltype(Spec::source)>,
-                "fovea: a source needs where(Tile) -> Where and KvKernels kernels; see docs/policies.md#source");
+                "fovea: a source needs run(Row, begin, end) -> Run; see docs/policies.md#source");
   static_assert(ScoreMod<decltype(Spec::score)>,
                 "fovea: a score needs at(Row) -> callable (f32 s, i32 pos) -> f32; see docs/policies.md#score");
   static_assert(

@@ -15,6 +15,8 @@
 #include <cstring>
 #include <limits>
 
+#include "../core/kv.hpp"
+#include "../simd/numbers.hpp"
 #include "plan.hpp"
 #include "policies.hpp"
 #include "tile_merge.hpp"
@@ -24,8 +26,9 @@ inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
 struct Queries {
-  Tensor<const float> q;   // [batch, q_head, pos, dim]
+  Operand q;   // [batch, q_head, pos, dim]
   float scale;
+  const float* channel_scale;   // [kv_head, dim], of keys stored as bare codes; null without: s = (q * channel_scale) . codes
 };
 
 // The rows of a block, in order, without a division per row.
@@ -43,15 +46,30 @@ inline void list_rows(const Plan& plan, const Block& block, Row* rows) {
   }
 }
 
-inline const float* query_of(const Plan& plan, const Queries& queries, const Row& row) {
+// A query as floats: in place where it is stored so, else in `staging`.
+struct QueryRow {
+  const float* data;
+  index_t element_stride;
+};
+FOVEA_INLINE QueryRow query_of(const Plan& plan, const Queries& queries, const Row& row, float* staging) {   // [dim]
   const Sequence& sequence = plan.sequences[static_cast<std::size_t>(row.sequence)];
-  const auto& stride = queries.q.stride;
-  return queries.q.data + sequence.batch * stride[0] + row.q_head * stride[1] + (sequence.q_begin + row.q_index) * stride[2];
+  const Operand& q = queries.q;
+  const index_t at =
+      sequence.batch * q.stride[0] + row.q_head * q.stride[1] + (sequence.q_begin + row.q_index) * q.stride[2];
+  const index_t dim = plan.request.dim_qk;
+  if (q.format == Format::f32 && queries.channel_scale == nullptr)
+    return {reinterpret_cast<const float*>(q.data) + at, q.stride[3]};
+  read_numbers(q.format, q.data + at * row_bytes(q.format, 1), q.stride[3], dim, staging);
+  if (queries.channel_scale != nullptr) {
+    const float* const scale = queries.channel_scale + row.kv_head * dim;
+    for (index_t d = 0; d < dim; ++d) staging[d] *= scale[d];
+  }
+  return {staging, 1};
 }
 
 // Decode keeps whole rows, padded with zeros to whole vectors.
-inline void copy_query(const float* from, index_t element_stride, index_t dim, float scale, float* to) {
-  for (index_t d = 0; d < dim; ++d) to[d] = from[d * element_stride] * scale;
+inline void copy_query(const QueryRow& from, index_t dim, float scale, float* to) {
+  for (index_t d = 0; d < dim; ++d) to[d] = from.data[d * from.element_stride] * scale;
   for (index_t d = dim; d < padded(dim, kLanes); ++d) to[d] = 0.f;
 }
 
@@ -59,13 +77,11 @@ inline void copy_query(const float* from, index_t element_stride, index_t dim, f
 template <class Source>
 FOVEA_INLINE void stream_group_scores(const Source& source, const Tile& tile, index_t tile_begin, const float* queries,
                                       index_t query_stride, index_t dim, float* scores) {
-  const Where where = source.where(tile);
-  index_t column = tile.k_begin - tile_begin;
-  for (const Segment& segment : where.k) {
-    if (segment.count == 0) continue;
-    source.kernels.scores(static_cast<index_t>(tile.rows.size()), queries, query_stride, segment.data, segment.stride,
-                          segment.count, dim, scores + column);
-    column += segment.count;
+  for (index_t key = tile.k_begin; key < tile.k_end;) {
+    const Run run = source.run(tile.rows.front(), key, tile.k_end);
+    run.kernels->k.scores(static_cast<index_t>(tile.rows.size()), queries, query_stride, run.k, dim,
+                          scores + (key - tile_begin));
+    key += run.k.count;
   }
 }
 
@@ -96,9 +112,10 @@ FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cove
   }
 }
 
-template <class Spec>
+template <class Spec, class PanelType>
 class TileRun {
  public:
+  using Element = typename PanelType::Element;
   using State = typename decltype(Spec::norm)::State;
   static_assert(check_policies<Spec>());
   static_assert(sizeof(State) <= kStateBytes && std::is_trivially_copyable_v<State>);
@@ -140,14 +157,18 @@ class TileRun {
   index_t dim_qk() const { return plan_.request.dim_qk; }
   index_t dim_v() const { return plan_.request.dim_v; }
   index_t groups() const { return (block_->row_count + group_rows_ - 1) / group_rows_; }
-  bool packed() const { return block_->regime == Regime::prefill; }
+  bool packed() const { return block_->regime != Regime::decode; }
   std::span<const Row> rows_of(index_t g) const {
     const index_t first = g * group_rows_;
     return {memory_.rows + first, static_cast<std::size_t>(std::min(group_rows_, block_->row_count - first))};
   }
-  float* group_queries(index_t g) const {
-    return memory_.queries + (packed() ? g * dim_qk() * kTileRows : g * group_rows_ * query_stride(plan_));
+  float* stored_queries(index_t g) const { return memory_.queries + g * group_rows_ * query_stride(plan_); }
+  Element* packed_queries(index_t g) const {
+    return reinterpret_cast<Element*>(memory_.queries) + g * PanelType::query_size(dim_qk());
   }
+  Element* keys() const { return reinterpret_cast<Element*>(memory_.keys); }
+  Element* values() const { return reinterpret_cast<Element*>(memory_.values); }
+  index_t value_panel() const { return plan_.key_tile_size * kPanel; }
 
   void open_rows(const Task& task) {
     list_rows(plan_, *block_, memory_.rows);
@@ -163,25 +184,35 @@ class TileRun {
       memory_.hulls[2 * g + 1] = std::min(hull.end, task.k_end);
       if (memory_.hulls[2 * g] >= memory_.hulls[2 * g + 1]) continue;
       reach_ = {std::min(reach_.begin, memory_.hulls[2 * g]), std::max(reach_.end, memory_.hulls[2 * g + 1])};
-      const index_t element_stride = queries_.q.stride[3];
       if (packed()) {
         if (g + 1 < groups()) fetch_queries(rows_of(g + 1));
         const float* from[kTileRows] = {};
-        for (std::size_t r = 0; r < rows.size(); ++r) from[r] = query_of(plan_, queries_, rows[r]);
-        pack_queries(from, static_cast<index_t>(rows.size()), element_stride, dim_qk(), queries_.scale, group_queries(g));
+        index_t element_stride = 1;
+        for (std::size_t r = 0; r < rows.size(); ++r) {
+          const QueryRow row =
+              query_of(plan_, queries_, rows[r], memory_.staging + static_cast<index_t>(r) * query_stride(plan_));
+          from[r] = row.data;
+          element_stride = row.element_stride;
+        }
+        PanelType::pack_queries(from, static_cast<index_t>(rows.size()), element_stride, dim_qk(), queries_.scale,
+                                packed_queries(g));
       } else {
         for (std::size_t r = 0; r < rows.size(); ++r)
-          copy_query(query_of(plan_, queries_, rows[r]), element_stride, dim_qk(), queries_.scale,
-                     group_queries(g) + static_cast<index_t>(r) * query_stride(plan_));
+          copy_query(query_of(plan_, queries_, rows[r], memory_.staging), dim_qk(), queries_.scale,
+                     stored_queries(g) + static_cast<index_t>(r) * query_stride(plan_));
       }
     }
   }
 
   // Rows of queries are short runs far apart: the hardware does not foresee the next one.
   void fetch_queries(std::span<const Row> rows) const {
+    const Operand& q = queries_.q;
+    const index_t number = row_bytes(q.format, 1);
     for (const Row& row : rows) {
-      const auto* const from = reinterpret_cast<const std::byte*>(query_of(plan_, queries_, row));
-      for (index_t at = 0; at < dim_qk() * 4; at += 64) prefetch(from, at);
+      const Sequence& sequence = plan_.sequences[static_cast<std::size_t>(row.sequence)];
+      const std::byte* const from = q.data + number * (sequence.batch * q.stride[0] + row.q_head * q.stride[1] +
+                                                       (sequence.q_begin + row.q_index) * q.stride[2]);
+      for (index_t at = 0; at < dim_qk() * number; at += 64) prefetch(from, at);
     }
   }
 
@@ -205,24 +236,17 @@ class TileRun {
 
   // K transposed into panels, V copied into panels, once for all rows of the block.
   void pack_tile(const Tile& tile, index_t tile_begin) {
-    const Where where = spec_.source.where(tile);
-    index_t column = tile.k_begin - tile_begin;
-    clear_columns(memory_.keys, dim_qk(), column / kPanel * kPanel, column);
-    const index_t end = tile.k_end - tile_begin;
-    clear_columns(memory_.keys, dim_qk(), end, padded(end, kPanel));
-    for (const Segment& segment : where.k) {
-      if (segment.count == 0) continue;
-      spec_.source.kernels.pack_k(segment.data, segment.stride, segment.count, dim_qk(), column, memory_.keys);
-      column += segment.count;
-    }
+    const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
+    PanelType::clear_keys(keys(), dim_qk(), begin / kPanel * kPanel, begin);
+    PanelType::clear_keys(keys(), dim_qk(), end, padded(end, kPanel));
     values_finite_ = true;
-    column = tile.k_begin - tile_begin;
-    for (const Segment& segment : where.v) {
-      if (segment.count == 0) continue;
-      const bool finite = spec_.source.kernels.pack_v(segment.data, segment.stride, segment.count, dim_v(),
-                                                      memory_.values + column * kPanel, plan_.key_tile_size * kPanel);
+    for (index_t key = tile.k_begin; key < tile.k_end;) {
+      const Run run = spec_.source.run(tile.rows.front(), key, tile.k_end);
+      const index_t column = key - tile_begin;
+      run.kernels->k.pack(run.k, dim_qk(), column, keys());
+      const bool finite = run.kernels->v.pack(run.v, dim_v(), column, values(), value_panel());
       values_finite_ = values_finite_ && finite;
-      column += segment.count;
+      key += run.k.count;
     }
   }
 
@@ -230,27 +254,20 @@ class TileRun {
     const index_t rows = static_cast<index_t>(tile.rows.size());
     const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
     if (packed()) {
-      for (index_t column = begin / kPanel * kPanel; column < end; column += kPanel) {
-        const float* const panel = memory_.keys + column * dim_qk();
-        if (end - column > kLanes) {
-          gemm_nt<kPanelVectors>(rows, group_queries(g), panel, dim_qk(), memory_.scores + column);
-        } else {
-          gemm_nt<1>(rows, group_queries(g), panel, dim_qk(), memory_.scores + column);
-        }
-      }
+      PanelType::scores(rows, begin, end, packed_queries(g), keys(), dim_qk(), queries_.scale, memory_.scores);
     } else {
-      stream_group_scores(spec_.source, tile, tile_begin, group_queries(g), query_stride(plan_), dim_qk(), memory_.scores);
+      stream_group_scores(spec_.source, tile, tile_begin, stored_queries(g), query_stride(plan_), dim_qk(), memory_.scores);
     }
     modify_scores(spec_.score, spec_.mask, cover, tile, tile_begin, memory_.scores);
 
     const bool some_masked = cover == Cover::partial && !finite_values(tile);
     if (some_masked) note_live(tile, tile_begin);
     const index_t first = begin / kScoreRun * kScoreRun;
-    for (index_t r = 0; r < rows; ++r) {
-      const std::span<float> row(memory_.scores + r * kScoreStride + first,
-                                 static_cast<std::size_t>(padded(end, kLanes) - first));
-      memory_.rescale[r] = spec_.norm.absorb(states_[g * group_rows_ + r], row);
-      spec_.tap.absorb(tile.rows[static_cast<std::size_t>(r)], tile_begin + first, row, memory_.rescale[r]);
+    const ScoreRows scores{memory_.scores + first, rows, padded(end, kLanes) - first};
+    spec_.norm.absorb(states_ + g * group_rows_, scores, memory_.rescale);
+    if constexpr (!std::is_same_v<decltype(Spec::tap), NoTap>) {
+      for (index_t r = 0; r < rows; ++r)
+        spec_.tap.absorb(tile.rows[static_cast<std::size_t>(r)], tile_begin + first, scores.row(r), memory_.rescale[r]);
     }
 
     if (some_masked) {
@@ -264,26 +281,18 @@ class TileRun {
 
   void weigh_packed(index_t g, index_t rows, index_t begin, index_t end) {
     std::fill(memory_.rescale + rows, memory_.rescale + group_rows_, 1.f);   // the kernels round rows up
-    float* const acc = memory_.acc + g * group_rows_ * acc_stride(plan_);
-    const float* values = memory_.values + begin * kPanel;
-    for (index_t d = 0; d < dim_v(); d += kPanel, values += plan_.key_tile_size * kPanel) {
-      if (dim_v() - d > kLanes) {
-        gemm_nn<kPanelVectors>(rows, memory_.scores + begin, values, end - begin, memory_.rescale, acc + d,
-                               acc_stride(plan_));
-      } else {
-        gemm_nn<1>(rows, memory_.scores + begin, values, end - begin, memory_.rescale, acc + d, acc_stride(plan_));
-      }
-    }
+    PanelType::weigh(rows, begin, end, memory_.scores, values(), value_panel(), dim_v(), memory_.rescale,
+                     memory_.acc + g * group_rows_ * acc_stride(plan_), acc_stride(plan_));
   }
 
   void weigh_stored(index_t first_row, index_t rows, const Tile& tile, const float* weights, const float* rescale) {
-    const Where where = spec_.source.where(tile);
     const float keep[kGroupRows] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
-    for (const Segment& segment : where.v) {
-      if (segment.count == 0) continue;
-      spec_.source.kernels.weigh(rows, weights, segment.data, segment.stride, segment.count, dim_v(), rescale,
-                                 memory_.acc + first_row * acc_stride(plan_), acc_stride(plan_));
-      weights += segment.count;
+    for (index_t key = tile.k_begin; key < tile.k_end;) {
+      const Run run = spec_.source.run(tile.rows.front(), key, tile.k_end);
+      run.kernels->v.weigh(rows, weights, run.v, dim_v(), rescale, memory_.acc + first_row * acc_stride(plan_),
+                           acc_stride(plan_));
+      key += run.v.count;
+      weights += run.v.count;
       rescale = keep;
     }
   }
@@ -293,9 +302,10 @@ class TileRun {
   bool finite_values(const Tile& tile) const {
     if (packed()) return values_finite_;
     bool finite = true;
-    for (const Segment& segment : spec_.source.where(tile).v) {
-      if (segment.count > 0)
-        finite = finite && spec_.source.kernels.finite(segment.data, segment.stride, segment.count, dim_v());
+    for (index_t key = tile.k_begin; key < tile.k_end && finite;) {
+      const Run run = spec_.source.run(tile.rows.front(), key, tile.k_end);
+      finite = run.kernels->v.finite(run.v, dim_v());
+      key += run.v.count;
     }
     return finite;
   }
@@ -316,6 +326,12 @@ class TileRun {
     for (index_t r = 0; r < static_cast<index_t>(tile.rows.size()); ++r) {
       const std::uint8_t* const live = memory_.live + r * kMaxKeyTile;
       const float* rescale = memory_.rescale + r;
+      if (packed()) {
+        PanelType::weigh_live(tile.k_begin - tile_begin, tile.k_end - tile_begin, live,
+                              memory_.scores + r * kScoreStride, values(), value_panel(), dim_v(), *rescale,
+                              memory_.acc + (g * group_rows_ + r) * acc_stride(plan_));
+        continue;
+      }
       for (index_t j = tile.k_begin; j < tile.k_end;) {
         if (!live[j - tile_begin]) {
           ++j;
@@ -371,10 +387,10 @@ class TileRun {
 };
 
 // Draws tasks until none is left. Every lane of a run calls it once.
-template <class Spec>
+template <class PanelType, class Spec>
 void run_tiles(const Plan& plan, const Queries& queries, const Spec& spec, const LaneMemory& memory,
                const SharedMemory& shared, std::atomic<index_t>& next) {
-  TileRun<Spec> run(plan, queries, spec, memory, shared);
+  TileRun<Spec, PanelType> run(plan, queries, spec, memory, shared);
   const auto count = static_cast<index_t>(plan.tasks.size());
   for (index_t task = next.fetch_add(1, std::memory_order_relaxed); task < count;
        task = next.fetch_add(1, std::memory_order_relaxed))

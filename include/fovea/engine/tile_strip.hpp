@@ -12,6 +12,7 @@ inline constexpr index_t kStripRows = kStreamRows;
 
 struct StripMemory {
   float* queries;   // [kStripRows, padded dim_qk]
+  float* staging;   // [padded dim_qk]
   float* scores;    // [kStripRows, kScoreStride]
   float* strip;     // [kStripRows, padded len_k]
 };
@@ -19,6 +20,7 @@ struct StripMemory {
 inline StripMemory carve_strip(Bump& bump, index_t dim_qk, index_t len_k) {
   StripMemory memory{};
   memory.queries = bump.take<float>(kStripRows * padded(dim_qk, kLanes));
+  memory.staging = bump.take<float>(padded(dim_qk, kLanes));
   memory.scores = bump.take<float>(kStripRows * kScoreStride);
   memory.strip = bump.take<float>(kStripRows * padded(len_k, kLanes));
   return memory;
@@ -34,7 +36,7 @@ void run_strip(const Plan& plan, const Queries& queries, const Source& source, c
                 stride = padded(len_k, kLanes);
   FOVEA_ASSERT(static_cast<index_t>(rows.size()) <= kStripRows);
   for (std::size_t r = 0; r < rows.size(); ++r) {
-    copy_query(query_of(plan, queries, rows[r]), queries.q.stride[3], dim, queries.scale,
+    copy_query(query_of(plan, queries, rows[r], memory.staging), dim, queries.scale,
                memory.queries + static_cast<index_t>(r) * query_stride);
     std::fill_n(memory.strip + static_cast<index_t>(r) * stride, stride, -std::numeric_limits<float>::infinity());
   }

@@ -4,6 +4,7 @@
 // Two instantiations of the engine serve every option: scores used as they are, and scores modified.
 #pragma once
 #include "../core/attention_options.hpp"
+#include "../core/status.hpp"
 #include "../engine/parts/codecs.hpp"
 #include "../engine/parts/epilogues.hpp"
 #include "../engine/parts/masks.hpp"
@@ -18,25 +19,27 @@ inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
 using ModifiedScore = Then<Then<Softcap, Alibi>, Bias>;
-using ModifiedMask = Both<Band, StoredMask>;
+using ModifiedMask = Both<Band, Both<Tree, StoredMask>>;
 
 // A plan bound to tensors, options and a workspace. prepare() fills it; the lanes of one run share it.
 class AttentionRun {
  public:
   const Plan* plan = nullptr;
   Queries queries{};
-  DenseSource source{};
+  StoredSource source{};
   ModifiedScore score{};
   ModifiedMask mask{};
   Softmax norm{};
   Store epilogue{};
+  void (*lane)(AttentionRun&, int) = nullptr;   // the engine for the panels in use
   std::byte* workspace = nullptr;
   std::size_t lane_bytes = 0;
   int lanes = 0;   // slices the workspace holds
   std::atomic<index_t> next_task{0};
 
   bool modified() const {
-    return score.first.first.cap != 0.f || score.first.second.slopes || score.second.bias || mask.second.keep;
+    return score.first.first.cap != 0.f || score.first.second.slopes || score.second.bias || mask.second.first.words ||
+           mask.second.second.keep;
   }
 };
 
@@ -50,23 +53,17 @@ inline Reach reach_of(const AttentionOptions& options) {
           options.causal == Causal::none ? right : std::min<index_t>(right, 0)};
 }
 
-// Everything but the workspace; also what the weights export needs.
-inline void bind(AttentionRun& run, const Plan& plan, Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
-                 Tensor<float> out, const AttentionOptions& options) {
-  const auto bytes = [](const Tensor<const float>& tensor) {
-    return std::array<index_t, 3>{tensor.stride[0] * 4, tensor.stride[1] * 4, tensor.stride[2] * 4};
-  };
+// Everything but the kernels and the workspace.
+inline void bind(AttentionRun& run, const Plan& plan, const Operand& q, const Kv& kv, const Result& out,
+                 const AttentionOptions& options) {
   run.plan = &plan;
-  run.queries = {q, scale_of(options, plan.request.dim_qk)};
-  run.source = {reinterpret_cast<const std::byte*>(k.data),
-                reinterpret_cast<const std::byte*>(v.data),
-                bytes(k),
-                bytes(v),
-                plan.sequences.data(),
-                kv_kernels<F32Codec, F32Codec>()};
+  run.queries = {q, scale_of(options, plan.request.dim_qk), kv.k_channel_scale};
+  run.source = {kv, plan.sequences.data(), {}, {}};
   run.score = {{{options.softcap}, {options.alibi_slopes.empty() ? nullptr : options.alibi_slopes.data()}},
                {tidy(options.bias)}};
-  run.mask = {{plan.request.reach}, {tidy(options.keep), tidy(options.bias)}};
+  run.mask = {{plan.request.reach},
+              {{options.tree.empty() ? nullptr : options.tree.data(), plan.sequences.data()},
+               {tidy(options.keep), tidy(options.bias)}}};
   run.norm = {options.sink.empty() ? nullptr : options.sink.data(), options.lse.data != nullptr};
   run.epilogue = {out, options.lse, plan.sequences.data()};
 }
@@ -86,19 +83,51 @@ inline void open_workspace(AttentionRun& run, std::span<std::byte> workspace, in
 }
 
 // A lane the workspace has no slice for does nothing; the others draw all tasks.
-inline void softmax_lane(AttentionRun& run, int lane) {
+template <class PanelType>
+void softmax_lane(AttentionRun& run, int lane) {
   if (lane < 0 || lane >= run.lanes) return;
   Bump shared_bytes(run.workspace);
   const SharedMemory shared = carve_shared(shared_bytes, *run.plan);
   Bump lane_bytes(run.workspace + shared_bytes.used() + run.lane_bytes * static_cast<std::size_t>(lane));
   const LaneMemory memory = carve_lane(lane_bytes, *run.plan);
   if (run.modified()) {
-    run_tiles(*run.plan, run.queries, TileSpec{run.source, run.score, run.mask, run.norm, NoTap{}, run.epilogue}, memory,
-              shared, run.next_task);
+    run_tiles<PanelType>(*run.plan, run.queries,
+                         TileSpec{run.source, run.score, run.mask, run.norm, NoTap{}, run.epilogue}, memory, shared,
+                         run.next_task);
   } else {
-    run_tiles(*run.plan, run.queries, TileSpec{run.source, Identity{}, run.mask.first, run.norm, NoTap{}, run.epilogue},
-              memory, shared, run.next_task);
+    run_tiles<PanelType>(*run.plan, run.queries,
+                         TileSpec{run.source, Identity{}, run.mask.first, run.norm, NoTap{}, run.epilogue}, memory, shared,
+                         run.next_task);
   }
+}
+
+// The storage formats a call is compiled for, and what follows from them: which kernels and which engine a run gets.
+constexpr bool is_narrow(Format format) { return format != Format::f32 && format != Format::f64; }
+
+template <Format... List>
+Status bind_kernels(AttentionRun& run, Formats<List...> formats) {
+  const auto take = [&]<class PanelType>(std::type_identity<PanelType>) -> Status {
+    const auto find = [&](const Kv& stored, KvKernels& kernels) -> Status {
+      kernels = {key_kernels<PanelType>(stored.k.format, formats), value_kernels<PanelType>(stored.v.format, formats)};
+      if (kernels.k.pack != nullptr && kernels.v.pack != nullptr) return {};
+      return Status::error(Code::unsupported, "fovea: k is stored as %s, v as %s: not both among the formats of this call",
+                           name_of(stored.k.format), name_of(stored.v.format));
+    };
+    run.lane = &softmax_lane<PanelType>;
+    if (Status s = find(run.source.kv, run.source.kernels); !s.ok()) return s;
+    return run.source.kv.exact == nullptr ? Status{} : find(*run.source.kv.exact, run.source.exact_kernels);
+  };
+  if (run.plan->request.panels == Panels::f32) return take(std::type_identity<F32Panels>{});
+#if defined(__AVX512BF16__)
+  const Kv& kv = run.source.kv;
+  const Kv& exact = kv.exact == nullptr ? kv : *kv.exact;
+  if constexpr ((is_narrow(List) || ...)) {
+    if (is_narrow(kv.k.format) && is_narrow(kv.v.format) && is_narrow(exact.k.format) && is_narrow(exact.v.format))
+      return take(std::type_identity<Bf16Panels>{});
+  }
+#endif
+  return Status::error(Code::unsupported, "fovea: bf16 panels would round k and v, which are stored wider (%s, %s)",
+                       name_of(run.source.kv.k.format), name_of(run.source.kv.v.format));
 }
 
 // weights[n] = exp(s - lse) for the given rows, key by key; zeros where masked and beyond the sequence.

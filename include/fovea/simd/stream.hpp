@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two kernels of decode: few query rows against stored K and V, read in place, once. Bound by memory, so they keep four
-// keys in flight, prefetch 4 KiB ahead and never copy. Each result is made in one order whatever rows and keys stand beside
-// it.
+// keys in flight, fetch each cache line once and ahead of its use, and never copy. Each result is made in one order whatever
+// rows and keys stand beside it, so it does not depend on where segments end.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
+#include "../core/shapes.hpp"
 #include "register_budget.hpp"
 #include "simd.hpp"
 
@@ -14,12 +15,33 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-inline constexpr index_t kPrefetchBytes = 4096;
+inline constexpr index_t kLineBytes = 64;
 
-// How far ahead in bytes, in whole rows: the next rows may be far apart (token-major storage).
-FOVEA_INLINE index_t prefetch_distance(index_t row_stride, index_t row_bytes) {
-  if (row_stride == row_bytes) return kPrefetchBytes;
-  return std::max<index_t>(kPrefetchBytes / std::max<index_t>(row_bytes, 1), 1) * row_stride;
+// Vectors per step of the loops over a row: a cache line's worth, so that a line is fetched once and not once per vector.
+template <class Codec>
+inline constexpr int kLineVectors = static_cast<int>(std::clamp<index_t>(kLineBytes / Codec::offset(kLanes), 1, 4));
+
+// A codec may decode vectors together cheaper than one by one: load_run<Vectors>, up to kRunVectors, where number d starts a
+// multiple of Vectors vectors.
+template <class Codec>
+concept HasRuns = requires {
+  Codec::kRunVectors;
+};
+template <int Vectors, class Codec>
+FOVEA_INLINE void load_vectors(const Codec& codec, const std::byte* row, index_t d, index_t dim, f32 (&to)[Vectors]) {
+  if constexpr (HasRuns<Codec>) {
+    codec.template load_run<Vectors>(row, d, dim, to);
+  } else {
+    FOVEA_UNROLL
+    for (int n = 0; n < Vectors; ++n) to[n] = codec.load(row, d + n * kLanes, dim);
+  }
+}
+
+// The lines that hold the numbers [d, d_end) of the row `ahead` bytes behind this one.
+template <class Codec>
+FOVEA_INLINE void prefetch_numbers(const std::byte* row, index_t d, index_t d_end, index_t ahead) {
+  const index_t end = Codec::offset(d_end);
+  for (index_t at = Codec::offset(d); at < end; at += kLineBytes) prefetch(row + at, ahead);
 }
 
 // to[r * to_stride + 0 .. 3] = q[r] . the keys at key + offset[0 .. 3].
@@ -44,30 +66,70 @@ FOVEA_INLINE void score_block(const Codec& codec, const float* q, index_t q_stri
       for (int j = 0; j < kStreamKeys; ++j) sum[r][j] = fma(query, part[j], sum[r][j]);
     }
   };
+  const auto prefetch_keys = [&](index_t begin, index_t end) {
+    FOVEA_UNROLL
+    for (int j = 0; j < kStreamKeys; ++j) prefetch_numbers<Codec>(key + offset[j], begin, end, ahead);
+  };
   index_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    add(d, [&](const std::byte* row) {
-      prefetch(row + d * Codec::kBytes, ahead);
-      return codec.load(row, d);
-    });
+  if constexpr (HasRuns<Codec>) {
+    const auto add_runs = [&]<int Vectors>(std::integral_constant<int, Vectors>) {
+      for (; d + Vectors * kLanes <= dim; d += Vectors * kLanes) {
+        prefetch_keys(d, d + Vectors * kLanes);
+        FOVEA_UNROLL
+        for (int j = 0; j < kStreamKeys; ++j) {
+          f32 part[Vectors];
+          load_vectors(codec, key + offset[j], d, dim, part);
+          FOVEA_UNROLL
+          for (int n = 0; n < Vectors; ++n) {
+            FOVEA_UNROLL
+            for (int r = 0; r < Rows; ++r)
+              sum[r][j] = fma(load(q + r * q_stride + d + n * kLanes), part[n], sum[r][j]);
+          }
+        }
+      }
+    };
+    add_runs(std::integral_constant<int, Codec::kRunVectors>{});
+    if constexpr (Codec::kRunVectors > 4) add_runs(std::integral_constant<int, 4>{});
+    if constexpr (Codec::kRunVectors > 4) add_runs(std::integral_constant<int, 2>{});
+  } else {
+    constexpr int kStep = kLineVectors<Codec>;
+    for (; d + kStep * kLanes <= dim; d += kStep * kLanes) {
+      prefetch_keys(d, d + kStep * kLanes);
+      FOVEA_UNROLL
+      for (int n = 0; n < kStep; ++n)
+        add(d + n * kLanes, [&](const std::byte* row) { return codec.load(row, d + n * kLanes, dim); });
+    }
   }
-  if (d < dim) add(d, [&](const std::byte* row) { return codec.load_some(row, d, dim - d); });
+  if (d < dim) prefetch_keys(d, dim);
+  for (; d + kLanes <= dim; d += kLanes) add(d, [&](const std::byte* row) { return codec.load(row, d, dim); });
+  if (d < dim) add(d, [&](const std::byte* row) { return codec.load_some(row, d, dim - d, dim); });
   FOVEA_UNROLL
   for (int r = 0; r < Rows; ++r) reduce_add4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], to + r * to_stride);
+  if constexpr (Codec::kRowScaled) {
+    float scale[kStreamKeys];
+    FOVEA_UNROLL
+    for (int j = 0; j < kStreamKeys; ++j) scale[j] = codec.scale(key + offset[j], dim);
+    FOVEA_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      FOVEA_UNROLL
+      for (int j = 0; j < kStreamKeys; ++j) to[r * to_stride + j] *= scale[j];
+    }
+  }
 }
 
 template <int Rows, class Codec>
-FOVEA_NOINLINE void stream_scores_rows(const Codec& codec, const float* q, index_t q_stride, const std::byte* rows,
-                                       index_t row_stride, index_t count, index_t dim, float* s) {
-  const index_t ahead = prefetch_distance(row_stride, dim * Codec::kBytes);
-  const index_t whole[kStreamKeys] = {0, row_stride, 2 * row_stride, 3 * row_stride};
+FOVEA_NOINLINE void stream_scores_rows(const Codec& codec, const float* q, index_t q_stride, const Segment& keys, index_t dim,
+                                       float* s) {
+  const index_t stride = keys.stride, count = keys.count, ahead = keys.ahead;
+  const std::byte* rows = keys.data;
+  const index_t whole[kStreamKeys] = {0, stride, 2 * stride, 3 * stride};
   index_t j = 0;
-  for (; j + kStreamKeys <= count; j += kStreamKeys, rows += kStreamKeys * row_stride)
+  for (; j + kStreamKeys <= count; j += kStreamKeys, rows += kStreamKeys * stride)
     score_block<Rows>(codec, q, q_stride, rows, whole, ahead, dim, s + j, kScoreStride);
   if (j == count) return;
   // The last keys: the same kernel on repeated rows, so that their bits are those of whole blocks.
   index_t last[kStreamKeys];
-  for (index_t i = 0; i < kStreamKeys; ++i) last[i] = std::min(i, count - j - 1) * row_stride;
+  for (index_t i = 0; i < kStreamKeys; ++i) last[i] = std::min(i, count - j - 1) * stride;
   float block[Rows * kStreamKeys];
   score_block<Rows>(codec, q, q_stride, rows, last, ahead, dim, block, kStreamKeys);
   for (int r = 0; r < Rows; ++r) {
@@ -75,30 +137,31 @@ FOVEA_NOINLINE void stream_scores_rows(const Codec& codec, const float* q, index
   }
 }
 
-// s[r, j] = q[r] . key j, for r < rows, j < count. q is padded with zeros to whole vectors.
+// s[r, j] = q[r] . key j, for r < rows, j < keys.count. q is padded with zeros to whole vectors.
 template <class Codec>
-void stream_scores(const Codec& codec, index_t rows, const float* q, index_t q_stride, const std::byte* keys,
-                   index_t key_stride, index_t count, index_t dim, float* s) {   // [rows, kScoreStride]
+void stream_scores(const Codec& codec, index_t rows, const float* q, index_t q_stride, const Segment& keys, index_t dim,
+                   float* s) {   // [rows, kScoreStride]
   for (index_t r = 0; r < rows; r += kStreamRows, q += kStreamRows * q_stride, s += kStreamRows * kScoreStride) {
     switch (std::min(kStreamRows, rows - r)) {
       case 1:
-        stream_scores_rows<1>(codec, q, q_stride, keys, key_stride, count, dim, s);
+        stream_scores_rows<1>(codec, q, q_stride, keys, dim, s);
         break;
       case 2:
-        stream_scores_rows<2>(codec, q, q_stride, keys, key_stride, count, dim, s);
+        stream_scores_rows<2>(codec, q, q_stride, keys, dim, s);
         break;
       case 3:
-        stream_scores_rows<3>(codec, q, q_stride, keys, key_stride, count, dim, s);
+        stream_scores_rows<3>(codec, q, q_stride, keys, dim, s);
         break;
       default:
-        stream_scores_rows<4>(codec, q, q_stride, keys, key_stride, count, dim, s);
+        stream_scores_rows<4>(codec, q, q_stride, keys, dim, s);
     }
   }
 }
 
 template <int Rows, int Vectors, class Codec>
-FOVEA_INLINE void weigh_columns(const Codec& codec, const float* p, const std::byte* rows, index_t row_stride, index_t ahead,
-                                index_t count, index_t d, const float* rescale, float* acc, index_t acc_stride) {
+FOVEA_INLINE void weigh_columns(const Codec& codec, const float* p, index_t p_stride, const std::byte* rows,
+                                index_t row_stride, index_t ahead, index_t count, index_t d, index_t dim,
+                                const float* rescale, float* acc, index_t acc_stride) {
   f32 sum[Rows][Vectors];
   FOVEA_UNROLL
   for (int r = 0; r < Rows; ++r) {
@@ -106,15 +169,12 @@ FOVEA_INLINE void weigh_columns(const Codec& codec, const float* p, const std::b
     for (int n = 0; n < Vectors; ++n) sum[r][n] = load(acc + r * acc_stride + d + n * kLanes) * f32(rescale[r]);
   }
   for (index_t j = 0; j < count; ++j, rows += row_stride) {
+    prefetch_numbers<Codec>(rows, d, d + Vectors * kLanes, ahead);
     f32 value[Vectors];
-    FOVEA_UNROLL
-    for (int n = 0; n < Vectors; ++n) {
-      value[n] = codec.load(rows, d + n * kLanes);
-      prefetch(rows + (d + n * kLanes) * Codec::kBytes, ahead);
-    }
+    load_vectors(codec, rows, d, dim, value);
     FOVEA_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      const f32 weight(p[r * kScoreStride + j]);
+      const f32 weight(p[r * p_stride + j]);
       FOVEA_UNROLL
       for (int n = 0; n < Vectors; ++n) sum[r][n] = fma(weight, value[n], sum[r][n]);
     }
@@ -127,21 +187,32 @@ FOVEA_INLINE void weigh_columns(const Codec& codec, const float* p, const std::b
 }
 
 template <int Rows, class Codec>
-FOVEA_NOINLINE void stream_weigh_rows(const Codec& codec, const float* p, const std::byte* rows, index_t row_stride,
-                                      index_t count, index_t dim, const float* rescale, float* acc, index_t acc_stride) {
+FOVEA_NOINLINE void stream_weigh_rows(const Codec& codec, const float* p, const Segment& values, index_t dim,
+                                      const float* rescale, float* acc, index_t acc_stride) {
   // Columns at once, in vectors: as many chains as the registers hold, at most the 8 that a dim of 128 has.
   constexpr int kWide = kStreamAccumulators / Rows >= 8 ? 8 : kStreamAccumulators / Rows >= 4 ? 4 : 2;
   constexpr index_t kRun = 32;   // keys per pass over the columns: 16 KiB at dim 128, so the second pass reads the L1 cache
-  const index_t ahead = prefetch_distance(row_stride, dim * Codec::kBytes);
+  const index_t stride = values.stride, ahead = values.ahead;
   const float keep[kStreamRows] = {1.f, 1.f, 1.f, 1.f};
-  for (index_t first = 0; first < count; first += kRun) {
-    const index_t here = std::min(kRun, count - first);
-    const std::byte* const run = rows + first * row_stride;
+  for (index_t first = 0; first < values.count; first += kRun) {
+    const index_t here = std::min(kRun, values.count - first);
+    const std::byte* const run = values.data + first * stride;
     const float* const factor = first == 0 ? rescale : keep;
+    const float* weights = p + first;
+    index_t weights_stride = kScoreStride;
+    [[maybe_unused]] float scaled[Rows * kRun];
+    if constexpr (Codec::kRowScaled) {
+      for (index_t j = 0; j < here; ++j) {
+        const float scale = codec.scale(run + j * stride, dim);
+        for (int r = 0; r < Rows; ++r) scaled[r * kRun + j] = p[r * kScoreStride + first + j] * scale;
+      }
+      weights = scaled;
+      weights_stride = kRun;
+    }
     index_t d = 0;
     const auto columns = [&]<int Vectors>(std::integral_constant<int, Vectors>) {
       for (; d + Vectors * kLanes <= dim; d += Vectors * kLanes)
-        weigh_columns<Rows, Vectors>(codec, p + first, run, row_stride, ahead, here, d, factor, acc, acc_stride);
+        weigh_columns<Rows, Vectors>(codec, weights, weights_stride, run, stride, ahead, here, d, dim, factor, acc, acc_stride);
     };
     columns(std::integral_constant<int, kWide>{});
     if constexpr (kWide >= 8) columns(std::integral_constant<int, 4>{});
@@ -151,32 +222,32 @@ FOVEA_NOINLINE void stream_weigh_rows(const Codec& codec, const float* p, const 
       for (int r = 0; r < Rows; ++r) {
         f32 sum = load(acc + r * acc_stride + d) * f32(factor[r]);
         for (index_t j = 0; j < here; ++j)
-          sum = fma(f32(p[r * kScoreStride + first + j]), codec.load_some(run + j * row_stride, d, dim - d), sum);
+          sum = fma(f32(weights[r * weights_stride + j]), codec.load_some(run + j * stride, d, dim - d, dim), sum);
         store(acc + r * acc_stride + d, sum);
       }
     }
   }
 }
 
-// acc[r] = acc[r] * rescale[r] + sum_j p[r, j] value j, for r < rows, j < count >= 1. acc is padded to whole vectors.
+// acc[r] = acc[r] * rescale[r] + sum_j p[r, j] value j, for r < rows, j < values.count >= 1. acc is padded to whole vectors.
 template <class Codec>
-void stream_weigh(const Codec& codec, index_t rows, const float* p, const std::byte* values, index_t value_stride,
-                  index_t count, index_t dim, const float* rescale, float* acc, index_t acc_stride) {
+void stream_weigh(const Codec& codec, index_t rows, const float* p, const Segment& values, index_t dim, const float* rescale,
+                  float* acc, index_t acc_stride) {
   for (index_t r = 0; r < rows; r += kStreamRows) {
     const float* const weights = p + r * kScoreStride;
     float* const sums = acc + r * acc_stride;
     switch (std::min(kStreamRows, rows - r)) {
       case 1:
-        stream_weigh_rows<1>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride);
+        stream_weigh_rows<1>(codec, weights, values, dim, rescale + r, sums, acc_stride);
         break;
       case 2:
-        stream_weigh_rows<2>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride);
+        stream_weigh_rows<2>(codec, weights, values, dim, rescale + r, sums, acc_stride);
         break;
       case 3:
-        stream_weigh_rows<3>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride);
+        stream_weigh_rows<3>(codec, weights, values, dim, rescale + r, sums, acc_stride);
         break;
       default:
-        stream_weigh_rows<4>(codec, weights, values, value_stride, count, dim, rescale + r, sums, acc_stride);
+        stream_weigh_rows<4>(codec, weights, values, dim, rescale + r, sums, acc_stride);
     }
   }
 }

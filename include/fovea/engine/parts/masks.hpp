@@ -54,6 +54,41 @@ struct Band {
   }
 };
 
+// Draft trees: the last len_q keys of a sequence are the keys of its own queries, and query i sees those whose bit is set in its
+// word; all earlier keys are visible. Sequences of more than 64 queries have no tree.
+struct Tree {
+  const std::uint64_t* words;   // [query of the call], null without trees
+  const Sequence* sequences;    // [sequence]
+
+  struct Lane {
+    std::uint64_t word;
+    index_t first;
+    bool whole;
+    FOVEA_INLINE keep_t operator()(i32 pos) const {
+      const index_t at = first_lane(pos) - first;
+      std::uint64_t seen = ~std::uint64_t{0};
+      if (!whole && at > -kLanes) {
+        seen = at >= 64 ? 0 : at >= 0 ? word >> at : (word << -at) | ((std::uint64_t{1} << -at) - 1);
+      }
+      alignas(i32) std::int32_t bits[kLanes];
+      for (index_t i = 0; i < kLanes; ++i) bits[i] = static_cast<std::int32_t>(seen >> i & 1);
+      return as_keep(i32::load_aligned(bits) != i32(0));
+    }
+  };
+  FOVEA_INLINE Lane at(const Row& row) const {
+    const Sequence& sequence = sequences[row.sequence];
+    const bool whole = words == nullptr || sequence.len_q > 64;
+    const index_t query = sequence.batch * sequence.len_q + sequence.q_begin + row.q_index;
+    return {whole ? 0 : words[query], sequence.len_k - sequence.len_q, whole};
+  }
+  FOVEA_INLINE KeyRange hull(std::span<const Row>) const { return {0, PTRDIFF_MAX}; }
+  FOVEA_INLINE Cover cover(const Tile& tile) const {
+    const Sequence& sequence = sequences[tile.rows.front().sequence];
+    const bool whole = words == nullptr || sequence.len_q > 64 || tile.k_end <= sequence.len_k - sequence.len_q;
+    return whole ? Cover::full : Cover::partial;
+  }
+};
+
 // The element of row `row`, key 0, of a view [sequence | 1, q_head | 1, len_q | 1, len_k] with stride 0 on broadcast axes.
 template <class T>
 FOVEA_INLINE const T* mask_row(const View<const T, 4>& view, const Row& row) {

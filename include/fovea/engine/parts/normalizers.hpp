@@ -26,28 +26,33 @@ struct Softmax {
     return {sink[row.q_head], 1.f};
   }
 
-  // Two passes over a row of scores: maximum, then weights and their sum. The chains and lanes of the sum follow the key
-  // index, so a row's bits do not depend on how many masked keys stand around its visible ones.
-  FOVEA_INLINE float absorb(State& state, std::span<float> scores) const {
-    const float* const s = scores.data();
-    const index_t count = static_cast<index_t>(scores.size());
-    f32 top[4] = {f32(kNothing), f32(kNothing), f32(kNothing), f32(kNothing)};
-    for_each_vector(count, [&](index_t j, index_t chain) { top[chain] = xsimd::max(top[chain], load(s + j)); });
-    const float tile_top = reduce_max(xsimd::max(xsimd::max(top[0], top[1]), xsimd::max(top[2], top[3])));
-    const float reference = tile_top > state.reference ? tile_top : state.reference;
-    // Nothing visible yet: any finite reference gives weights 0, and lets a NaN through.
-    const float base = reference == kNothing ? 0.f : reference;
-    const float shift = base * kLog2e;
-    f32 sum;
-    if (std::abs(shift) < kLargeShift) {
-      sum = to_weights(scores, [shift](f32 x) { return fma(x, f32(kLog2e), f32(-shift)); });
-    } else {
-      sum = to_weights(scores, [base](f32 x) { return (x - f32(base)) * f32(kLog2e); });
+  // Two passes over the scores: the maxima of all rows, then weights and their sums. Row by row, each row would wait for its
+  // maximum: 58 against 45 ns for 256 keys. The chains and lanes of the sum follow the key index, so a row's bits do not depend
+  // on how many masked keys stand around its visible ones.
+  FOVEA_INLINE void absorb(State* states, const ScoreRows& scores, float* rescale) const {
+    FOVEA_ASSERT(scores.rows <= kMostRows);
+    for (index_t r = 0; r < scores.rows; ++r) {
+      const float* const s = scores.data + r * kScoreStride;
+      f32 top[4] = {f32(kNothing), f32(kNothing), f32(kNothing), f32(kNothing)};
+      for_each_vector(scores.count, [&](index_t j, index_t chain) { top[chain] = xsimd::max(top[chain], load(s + j)); });
+      const float tile_top = reduce_max(xsimd::max(xsimd::max(top[0], top[1]), xsimd::max(top[2], top[3])));
+      const float reference = tile_top > states[r].reference ? tile_top : states[r].reference;
+      rescale[r] = moved(states[r].reference, reference);
+      states[r].reference = reference;
     }
-    const float rescale = moved(state.reference, reference);
-    state.sum = std::fma(state.sum, rescale, reduce_add(sum));
-    state.reference = reference;
-    return rescale;
+    for (index_t r = 0; r < scores.rows; ++r) {
+      // Nothing visible yet: any finite reference gives weights 0, and lets a NaN through.
+      const float base = states[r].reference == kNothing ? 0.f : states[r].reference;
+      const float shift = base * kLog2e;
+      float* const s = scores.data + r * kScoreStride;
+      f32 sum;
+      if (std::abs(shift) < kLargeShift) {
+        sum = to_weights(s, scores.count, [shift](f32 x) { return fma(x, f32(kLog2e), f32(-shift)); });
+      } else {
+        sum = to_weights(s, scores.count, [base](f32 x) { return (x - f32(base)) * f32(kLog2e); });
+      }
+      states[r].sum = std::fma(states[r].sum, rescale[r], reduce_add(sum));
+    }
   }
 
   FOVEA_INLINE std::array<float, 2> merge(State& a, const State& b) const {
@@ -66,6 +71,8 @@ struct Softmax {
   }
 
  private:
+  static constexpr index_t kMostRows = std::max(kTileRows, index_t{16});
+
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
   // One FMA makes the exponent of a weight: s log2 e - shift. The rounding of the shift is shared by sum and weights, in moved()
@@ -78,9 +85,7 @@ struct Softmax {
   static constexpr float kLowest = -100.f;
 
   template <class Exponent>
-  FOVEA_INLINE static f32 to_weights(std::span<float> scores, const Exponent& exponent) {
-    float* const s = scores.data();
-    const index_t count = static_cast<index_t>(scores.size());
+  FOVEA_INLINE static f32 to_weights(float* s, index_t count, const Exponent& exponent) {
     f32 sum[4] = {f32(0.f), f32(0.f), f32(0.f), f32(0.f)};
     for_each_vector(count, [&](index_t j, index_t chain) {
       const f32 weight = exp2(exponent(load(s + j)), kLowest);

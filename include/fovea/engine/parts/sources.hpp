@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where K and V are.
+// Where K and V are: every home of core/kv.hpp behind one type, because a switch per run of keys costs nothing beside reading
+// them, and one type means one instantiation of the engine.
 #pragma once
-#include <span>
+#include <algorithm>
 
+#include "../../core/kv.hpp"
 #include "../plan.hpp"
 #include "../policies.hpp"
 
@@ -10,23 +12,81 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-// K and V as strided views; a sequence's keys follow each other along pos. Byte strides: batch, head, pos.
-struct DenseSource {
-  const std::byte* k;
-  const std::byte* v;
-  std::array<index_t, 3> k_stride, v_stride;
-  const Sequence* sequences;   // [sequence]
-  KvKernels kernels;
+inline constexpr index_t kPrefetchBytes = 4096;
 
-  Where where(const Tile& tile) const {
-    const Row& row = tile.rows.front();
+// Rows between a row and the one to prefetch beside it.
+FOVEA_INLINE index_t rows_ahead(Format format, index_t dim) {
+  return std::max<index_t>(kPrefetchBytes / row_bytes(format, dim), 1);
+}
+
+struct StoredSource {
+  Kv kv;
+  const Sequence* sequences;   // [sequence]
+  KvKernels kernels, exact_kernels;
+
+  Run run(const Row& row, index_t begin, index_t end) const {
+    if (kv.exact == nullptr) return run_of(kv, kernels, row, begin, end);
+    const index_t first = kv.exact_first, from = kv.exact_from[static_cast<std::size_t>(row.sequence)];
+    if (begin >= from) {
+      const index_t shift = from - std::min(first, from);
+      return run_of(*kv.exact, exact_kernels, row, begin - shift, end - shift);
+    }
+    if (begin < first) return run_of(*kv.exact, exact_kernels, row, begin, std::min({end, first, from}));
+    return run_of(kv, kernels, row, begin, std::min(end, from));
+  }
+
+ private:
+  struct Place {
+    index_t entry, position;
+  };
+
+  Run run_of(const Kv& home, const KvKernels& reads, const Row& row, index_t begin, index_t end) const {
     const Sequence& sequence = sequences[row.sequence];
-    const auto segment = [&](const std::byte* data, const std::array<index_t, 3>& stride) {
-      return Segment{
-          data + sequence.batch * stride[0] + row.kv_head * stride[1] + (sequence.k_begin + tile.k_begin) * stride[2],
-          stride[2], tile.k_end - tile.k_begin};
+    const auto at = [&](const Stored& stored, Place place) {
+      return stored.data + place.entry * stored.stride[0] + row.kv_head * stored.stride[1] + place.position * stored.stride[2];
     };
-    return {{segment(k, k_stride), Segment{}}, {segment(v, v_stride), Segment{}}};
+    if (home.home == Home::paged) {
+      // The run ends with its page, or where what it prefetches does.
+      const index_t near_k = rows_ahead(home.k.format, home.dim_qk), near_v = rows_ahead(home.v.format, home.dim_v);
+      const Place place = paged(home, row.sequence, begin);
+      index_t count = std::min(end - begin, home.len - place.position);
+      const auto segment = [&](const Stored& stored, index_t near) {
+        const std::byte* const data = at(stored, place);
+        if (begin + near >= sequence.len_k) return Segment{data, stored.stride[2], 0, kPrefetchBytes};
+        const Place next = paged(home, row.sequence, begin + near);
+        if (home.len > near) count = std::min(count, home.len - next.position);
+        return Segment{data, stored.stride[2], 0, at(stored, next) - data};
+      };
+      Run run{segment(home.k, near_k), segment(home.v, near_v), &reads};
+      run.k.count = run.v.count = count;
+      return run;
+    }
+    Place place{sequence.kv_batch, sequence.k_begin + begin};
+    index_t count = end - begin;
+    if (home.home == Home::ring) {
+      if (begin < home.sinks) {
+        count = std::min(count, home.sinks - begin);
+      } else {
+        const index_t slots = home.len - home.sinks;
+        const index_t turned = (home.ring_begin[static_cast<std::size_t>(row.sequence)] + begin - home.sinks) % slots;
+        place.position = home.sinks + turned;
+        count = std::min(count, slots - turned);
+      }
+    }
+    const auto segment = [&](const Stored& stored, index_t near) {
+      return Segment{at(stored, place), stored.stride[2], count, near * stored.stride[2]};
+    };
+    return {segment(home.k, rows_ahead(home.k.format, home.dim_qk)), segment(home.v, rows_ahead(home.v.format, home.dim_v)),
+            &reads};
+  }
+
+  static Place paged(const Kv& home, int sequence, index_t key) {
+    const index_t page = key / home.len;
+    const std::int32_t entry =
+        home.block_table
+            ? home.block_table.data[sequence * home.block_table.stride[0] + page * home.block_table.stride[1]]
+            : home.page_indices[static_cast<std::size_t>(home.page_begin[static_cast<std::size_t>(sequence)] + page)];
+    return {entry, key % home.len};
   }
 };
 

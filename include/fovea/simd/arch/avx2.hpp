@@ -3,6 +3,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "../vectors.hpp"
 
 namespace fovea {
@@ -86,6 +88,53 @@ FOVEA_INLINE void transpose(f32 (&rows)[kLanes]) {
     rows[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
   }
 }
+
+// Stored integers, one to a 32-bit lane; the `_some` forms read `count` of them and give zeros behind.
+FOVEA_INLINE i32 widen_u8(const std::byte* from) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+FOVEA_INLINE i32 widen_i8(const std::byte* from) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+FOVEA_INLINE i32 widen_u16(const std::byte* from) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FOVEA_INLINE i32 widen_u8_some(const std::byte* from, index_t count) {
+  std::byte some[8] = {};
+  std::memcpy(some, from, static_cast<std::size_t>(count));
+  return widen_u8(some);
+}
+FOVEA_INLINE i32 widen_i8_some(const std::byte* from, index_t count) {
+  std::byte some[8] = {};
+  std::memcpy(some, from, static_cast<std::size_t>(count));
+  return widen_i8(some);
+}
+FOVEA_INLINE i32 widen_u16_some(const std::byte* from, index_t count) {
+  std::byte some[16] = {};
+  std::memcpy(some, from, static_cast<std::size_t>(2 * count));
+  return widen_u16(some);
+}
+FOVEA_INLINE f32 as_float(i32 bits) { return _mm256_castsi256_ps(bits); }
+FOVEA_INLINE f32 first_of(f32 v, index_t count) { return _mm256_and_ps(_mm256_castsi256_ps(first_lanes(count)), v); }
+
+#if defined(__F16C__)
+FOVEA_INLINE f32 load_f16(const std::byte* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FOVEA_INLINE f32 load_f16_some(const std::byte* from, index_t count) {
+  std::byte some[16] = {};
+  std::memcpy(some, from, static_cast<std::size_t>(2 * count));
+  return load_f16(some);
+}
+FOVEA_INLINE f32 load_e5m2(const std::byte* from) {
+  return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))), 8));
+}
+FOVEA_INLINE f32 load_e5m2_some(const std::byte* from, index_t count) {
+  std::byte some[8] = {};
+  std::memcpy(some, from, static_cast<std::size_t>(count));
+  return load_e5m2(some);
+}
+#endif
 
 }   // namespace FOVEA_ARCH
 }   // namespace v0

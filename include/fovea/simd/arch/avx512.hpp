@@ -4,6 +4,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "../vectors.hpp"
 
 namespace fovea {
@@ -95,6 +97,137 @@ FOVEA_INLINE void transpose(f32 (&rows)[kLanes]) {
     rows[i + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
   }
 }
+
+// Stored integers, one to a 32-bit lane; the `_some` forms read `count` of them and give zeros behind.
+FOVEA_INLINE i32 widen_u8(const std::byte* from) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FOVEA_INLINE i32 widen_i8(const std::byte* from) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FOVEA_INLINE i32 widen_u16(const std::byte* from) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+FOVEA_INLINE i32 widen_u8_some(const std::byte* from, index_t count) {
+  return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), from));
+}
+FOVEA_INLINE i32 widen_i8_some(const std::byte* from, index_t count) {
+  return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), from));
+}
+FOVEA_INLINE i32 widen_u16_some(const std::byte* from, index_t count) {
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+}
+FOVEA_INLINE f32 as_float(i32 bits) { return _mm512_castsi512_ps(bits); }
+FOVEA_INLINE f32 first_of(f32 v, index_t count) { return _mm512_maskz_mov_ps(first_lanes(count), v); }   // zeros behind
+
+FOVEA_INLINE f32 load_f16(const std::byte* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+FOVEA_INLINE f32 load_f16_some(const std::byte* from, index_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+}
+// Up to eight halves in the first lanes.
+template <int Count>
+FOVEA_INLINE f32 load_f16_few(const std::byte* from) {
+  if constexpr (Count == 8) {
+    return _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  } else {
+    static_assert(Count <= 4);
+    long long halves = 0;
+    std::memcpy(&halves, from, 2 * Count);
+    return _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi64_si128(halves)));
+  }
+}
+
+// vpermb puts the bytes where a wider number has them and clears the rest: one instruction on the shuffle port where widening
+// and shifting are two.
+#if defined(__AVX512VBMI__)
+FOVEA_INLINE f32 bf16_words_to_float(__m256i words) {
+  const __m512i upper = _mm512_set_epi32(0x1f1e0000, 0x1d1c0000, 0x1b1a0000, 0x19180000, 0x17160000, 0x15140000, 0x13120000,
+                                         0x11100000, 0x0f0e0000, 0x0d0c0000, 0x0b0a0000, 0x09080000, 0x07060000, 0x05040000,
+                                         0x03020000, 0x01000000);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(0xcccccccccccccccc, upper, _mm512_castsi256_si512(words)));
+}
+FOVEA_INLINE __m256i e5m2_bytes_to_f16(__m128i bytes) {
+  const __m256i upper = _mm256_set_epi16(0x0f00, 0x0e00, 0x0d00, 0x0c00, 0x0b00, 0x0a00, 0x0900, 0x0800, 0x0700, 0x0600, 0x0500,
+                                         0x0400, 0x0300, 0x0200, 0x0100, 0x0000);
+  return _mm256_maskz_permutexvar_epi8(0xaaaaaaaa, upper, _mm256_castsi128_si256(bytes));
+}
+#else
+FOVEA_INLINE f32 bf16_words_to_float(__m256i words) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+FOVEA_INLINE __m256i e5m2_bytes_to_f16(__m128i bytes) { return _mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8); }
+#endif
+FOVEA_INLINE f32 load_bf16(const std::byte* from) {
+  return bf16_words_to_float(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+FOVEA_INLINE f32 load_bf16_some(const std::byte* from, index_t count) {
+  return bf16_words_to_float(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+}
+FOVEA_INLINE f32 load_e5m2(const std::byte* from) {
+  return _mm512_cvtph_ps(e5m2_bytes_to_f16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+FOVEA_INLINE f32 load_e5m2_some(const std::byte* from, index_t count) {
+  return _mm512_cvtph_ps(e5m2_bytes_to_f16(_mm_maskz_loadu_epi8(first_lanes(count), from)));
+}
+
+// e4m3 as a half whose exponent is 8 too small: denormals come out right, NaN does not.
+FOVEA_INLINE f32 e4m3_bytes_to_float(__m128i bytes) {
+  const __m256i halves =
+      _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(static_cast<short>(0xbfff)));
+  const __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.f));
+  const __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(bytes, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+  return _mm512_mask_mov_ps(value, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+}
+FOVEA_INLINE f32 load_e4m3(const std::byte* from) {
+  return e4m3_bytes_to_float(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+FOVEA_INLINE f32 load_e4m3_some(const std::byte* from, index_t count) {
+  return e4m3_bytes_to_float(_mm_maskz_loadu_epi8(first_lanes(count), from));
+}
+
+#if defined(__AVX512VBMI__) && defined(__GFNI__)
+#define FOVEA_FAST_E4M3
+// Row i of the matrix names the input bits whose sum is output bit i.
+constexpr long long bit_matrix(const unsigned char (&rows)[8]) {
+  unsigned long long matrix = 0;
+  for (int i = 0; i < 8; ++i) matrix |= static_cast<unsigned long long>(rows[i]) << (8 * (7 - i));
+  return static_cast<long long>(matrix);
+}
+// 64 numbers. Of a normal number (exponent e, bias 7) the fp32 has the exponent e + 120, whose bits are e3, four times not e3,
+// e2, e1, e0: so both of its bytes that are not 0 are sums of bits, and one vgf2p8affineqb makes them for 32 numbers. Numbers
+// without a leading one (e = 0) and NaN are not of that form; vectors that hold one, or one with e = 1, which costs nothing
+// to catch as well, take the other way. 1 in 100 does among Gaussian rows scaled to their largest number.
+FOVEA_INLINE void load_e4m3_four(const std::byte* from, f32 (&to)[4]) {
+  const __m512i codes = _mm512_loadu_si512(from);
+  if (__builtin_expect(
+          _mm512_testn_epi8_mask(_mm512_add_epi8(codes, _mm512_set1_epi8(1)), _mm512_set1_epi8(0x70)) != 0, 0)) {
+    FOVEA_UNROLL
+    for (int n = 0; n < 4; ++n) to[n] = load_e4m3(from + 16 * n);
+    return;
+  }
+  constexpr long long kUpper = bit_matrix({0x10, 0x20, 0x40, 0x40, 0x40, 0x40, 0x40, 0x80});
+  constexpr long long kLower = bit_matrix({0, 0, 0, 0, 0x01, 0x02, 0x04, 0x08});
+  const __m512i matrix = _mm512_set_epi64(kUpper, kUpper, kUpper, kUpper, kLower, kLower, kLower, kLower);
+  const __m512i inverted = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(0x3c), 1);
+  const __m512i low = _mm512_set_epi32(0x2f0f0000, 0x2e0e0000, 0x2d0d0000, 0x2c0c0000, 0x2b0b0000, 0x2a0a0000, 0x29090000,
+                                       0x28080000, 0x27070000, 0x26060000, 0x25050000, 0x24040000, 0x23030000, 0x22020000,
+                                       0x21010000, 0x20000000);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x10100000));
+  FOVEA_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32 * half)));
+    const __m512i bytes = _mm512_xor_si512(_mm512_gf2p8affine_epi64_epi8(twice, matrix, 0), inverted);
+    to[2 * half] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(0xcccccccccccccccc, low, bytes));
+    to[2 * half + 1] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi8(0xcccccccccccccccc, high, bytes));
+  }
+}
+#endif
+
+// table[i & 15] for every lane of i.
+FOVEA_INLINE f32 lookup16(f32 table, i32 i) { return _mm512_permutexvar_ps(i, table); }
+FOVEA_INLINE f32 broadcast_lane(f32 v, int lane) { return _mm512_permutexvar_ps(_mm512_set1_epi32(lane), v); }
 
 }   // namespace FOVEA_ARCH
 }   // namespace v0

@@ -2,6 +2,8 @@
 // What the kernels need beyond xsimd, in portable form: SSE2, NEON and anything else xsimd knows. The other files of this
 // folder give the same names with the intrinsics of one instruction set; simd.hpp includes exactly one.
 #pragma once
+#include <cstring>
+
 #include "../vectors.hpp"
 
 namespace fovea {
@@ -82,6 +84,34 @@ FOVEA_INLINE void transpose(f32 (&rows)[kLanes]) {
     for (index_t c = 0; c < kLanes; ++c) column[c] = cells[c * kLanes + r];
     rows[r] = f32::load_aligned(column);
   }
+}
+
+// Stored integers, one to a 32-bit lane; the `_some` forms read `count` of them and give zeros behind.
+template <class T>
+FOVEA_INLINE i32 widen(const std::byte* from, index_t count) {
+  T some[kLanes] = {};
+  std::memcpy(some, from, static_cast<std::size_t>(count) * sizeof(T));
+  alignas(i32) std::int32_t lanes[kLanes];
+  for (index_t i = 0; i < kLanes; ++i) lanes[i] = some[i];
+  return i32::load_aligned(lanes);
+}
+FOVEA_INLINE i32 widen_u8(const std::byte* from) { return widen<std::uint8_t>(from, kLanes); }
+FOVEA_INLINE i32 widen_i8(const std::byte* from) { return widen<std::int8_t>(from, kLanes); }
+FOVEA_INLINE i32 widen_u16(const std::byte* from) { return widen<std::uint16_t>(from, kLanes); }
+FOVEA_INLINE i32 widen_u8_some(const std::byte* from, index_t count) { return widen<std::uint8_t>(from, count); }
+FOVEA_INLINE i32 widen_i8_some(const std::byte* from, index_t count) { return widen<std::int8_t>(from, count); }
+FOVEA_INLINE i32 widen_u16_some(const std::byte* from, index_t count) { return widen<std::uint16_t>(from, count); }
+FOVEA_INLINE f32 as_float(i32 bits) {
+  alignas(i32) std::int32_t lanes[kLanes];
+  alignas(f32) float floats[kLanes];
+  bits.store_aligned(lanes);
+  std::memcpy(floats, lanes, sizeof(lanes));
+  return f32::load_aligned(floats);
+}
+FOVEA_INLINE f32 first_of(f32 v, index_t count) {   // zeros behind
+  alignas(f32) float lanes[kLanes];
+  v.store_aligned(lanes);
+  return load_some(lanes, count);
 }
 
 }   // namespace FOVEA_ARCH

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Operands of attention as plain data: any storage type, any place. Nothing here owns memory.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <type_traits>
+
+#include "formats.hpp"
+#include "view.hpp"
+
+namespace fovea {
+inline namespace v0 {
+
+// A tensor whose number type is run-time data: f32, f64, bf16 or f16. Made from any Tensor of those by itself. Strides count
+// elements.
+struct Operand {
+  const std::byte* data = nullptr;
+  Format format = Format::f32;
+  std::array<index_t, 4> extent{};   // [batch, head, pos, dim]
+  std::array<index_t, 4> stride{};
+
+  Operand() = default;
+  template <class T>
+  FOVEA_DATA_INLINE Operand(const Tensor<T>& tensor)
+      : data(reinterpret_cast<const std::byte*>(tensor.data)),
+        format(FormatOf<std::remove_const_t<T>>::value),
+        extent(tensor.extent),
+        stride(tensor.stride) {}
+};
+
+struct Result {
+  std::byte* data = nullptr;
+  Format format = Format::f32;
+  std::array<index_t, 4> extent{};   // [batch, head, pos, dim]
+  std::array<index_t, 4> stride{};
+
+  Result() = default;
+  template <class T>
+    requires(!std::is_const_v<T>)
+  FOVEA_DATA_INLINE Result(const Tensor<T>& tensor)
+      : data(reinterpret_cast<std::byte*>(tensor.data)),
+        format(FormatOf<T>::value),
+        extent(tensor.extent),
+        stride(tensor.stride) {}
+};
+
+// Stored K or V rows in one of the formats of core/formats.hpp. Strides count bytes, so that rows may carry scales, stand in
+// pages or interleave with others.
+struct Stored {
+  const std::byte* data = nullptr;
+  Format format = Format::f32;
+  std::array<index_t, 3> stride{};   // bytes per batch entry or page, per kv head, per position
+};
+
+enum class Home : std::uint8_t { contiguous, paged, ring };
+
+// K and V, wherever they live; make one with dense_kv, paged_kv, ring_kv or a container of cache/. Keys are counted 0 ..
+// len_k - 1 within a sequence whatever their home; AttentionOptions::len_k says how many are in use.
+//   contiguous  key j of sequence b: entry b, position j (ragged: entry 0, position cu_len_k[b] + j)
+//   paged       key j of sequence b: page table(b, j / page_size), slot j % page_size. The table is either a rectangle of pages
+//               per sequence or CSR lists. Pages may repeat and be shared; entries behind the last page in use are never read.
+//   ring        key j < sinks: slot j; others: slot sinks + (ring_begin[b] + j - sinks) mod (len - sinks)
+// V may lie inside K (MLA: the same rows, dim_v < dim_qk).
+struct Kv {
+  Stored k, v;
+  index_t kv_heads = 1, dim_qk = 0, dim_v = 0;
+  index_t batch = 1;   // contiguous and ring: sequences; paged: pages in the pool
+  index_t len = 0;     // contiguous and ring: positions per entry; paged: positions per page
+  Home home = Home::contiguous;
+
+  View<const std::int32_t, 2> block_table{};          // [sequence, page of the sequence]
+  std::span<const std::int32_t> page_indices{};       // CSR: the pages of all sequences, one after the other
+  std::span<const index_t> page_begin{};              // CSR: [sequence + 1]
+
+  index_t sinks = 0;                                  // ring: slots that never move
+  std::span<const index_t> ring_begin{};              // ring: [sequence], how far the circular part is turned
+
+  const float* k_channel_scale = nullptr;             // [kv_head, dim_qk], with Format::i8_channel
+
+  // Keys j < exact_first, and j >= exact_from[b], are read from `exact` instead: the first tokens and a recent window in 16
+  // bit around a quantised middle. `exact` counts its keys 0 .. exact_first - 1, then those of the window.
+  const Kv* exact = nullptr;
+  index_t exact_first = 0;
+  std::span<const index_t> exact_from{};              // [sequence]
+};
+
+// K and V as two tensors, [batch, kv_head, pos, dim]; innermost stride 1 (checked by the call).
+template <class TK, class TV>
+FOVEA_DATA_INLINE Kv dense_kv(const Tensor<TK>& k, const Tensor<TV>& v) {
+  constexpr auto kSizeK = static_cast<index_t>(sizeof(TK)), kSizeV = static_cast<index_t>(sizeof(TV));
+  Kv kv;
+  kv.k = {reinterpret_cast<const std::byte*>(k.data), FormatOf<std::remove_const_t<TK>>::value,
+          {k.stride[0] * kSizeK, k.stride[1] * kSizeK, k.stride[2] * kSizeK}};
+  kv.v = {reinterpret_cast<const std::byte*>(v.data), FormatOf<std::remove_const_t<TV>>::value,
+          {v.stride[0] * kSizeV, v.stride[1] * kSizeV, v.stride[2] * kSizeV}};
+  kv.kv_heads = k.extent[1];
+  kv.dim_qk = k.extent[3];
+  kv.dim_v = v.extent[3];
+  kv.batch = k.extent[0];
+  kv.len = k.extent[2];
+  return kv;
+}
+
+// Rows of any format in one block, [batch, kv_head, pos] with the head's rows next to each other: the fast layout.
+FOVEA_DATA_INLINE Stored stored_rows(const void* data, Format format, index_t dim, index_t heads, index_t len) {
+  const index_t row = row_bytes(format, dim);
+  return {static_cast<const std::byte*>(data), format, {heads * len * row, len * row, row}};
+}
+
+}   // namespace v0
+}   // namespace fovea
