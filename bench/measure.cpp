@@ -2,6 +2,7 @@
 #include "support/measure.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -20,23 +21,28 @@ double median(std::vector<double> values) {
 Limits Machine::careful_limits(int threads) {
   Limits limits;
   limits.gflops = fma_gflops(pool_, threads, 0.05, 6);
+  limits.bf16_gflops = bf16_gflops(pool_, threads, 0.05, 6);
   for (int pass = 0; pass < 3; ++pass) {
     limits.gbps = std::max(limits.gbps, bandwidth_.read_gbps(pool_, threads, BandwidthProbe::kBytes));
   }
   return limits;
 }
 
-Limits Machine::near_limits(int threads, bool streamed, double seconds) {
+Limits Machine::near_limits(int threads, const Result& row, double seconds) {
   Limits limits;
   limits.gflops = fma_gflops(pool_, threads, seconds, 2);
-  if (streamed) limits.gbps = bandwidth_.read_gbps(pool_, threads, std::size_t{128} << 20);
+  if (row.bf16_limit) limits.bf16_gflops = bf16_gflops(pool_, threads, seconds, 2);
+  if (row.streamed) limits.gbps = bandwidth_.read_gbps(pool_, threads, std::size_t{128} << 20);
   return limits;
 }
 
 RowMemory Machine::memory_for(std::size_t input_floats, std::size_t output_floats) {
-  if (inputs_.reserve(input_floats * sizeof(float))) fill_random(inputs_.floats());
+  // Caches in other formats need the room that rows of f32 took before.
+  const std::size_t bytes = input_floats * sizeof(float);
+  if (inputs_.bytes() > 16 * bytes) inputs_.release();
+  if (inputs_.reserve(bytes)) fill_random(inputs_.floats());
   outputs_.reserve(output_floats * sizeof(float));
-  return {inputs_.floats(), outputs_.floats(), &pool_};
+  return {inputs_.floats(), outputs_.floats(), &pool_, nullptr};
 }
 
 namespace {
@@ -58,7 +64,8 @@ Turn first_calls(const Row& row, const RowMemory& memory, double window, Result&
   Turn turn;
   turn.row = row.prepare(memory);
   // An output that is not written must not pass as right because an earlier row left the right answer there.
-  std::fill_n(memory.outputs.begin(), row.output_floats, std::numeric_limits<float>::quiet_NaN());
+  // The pattern is a NaN of two halves that are NaN as well, in bf16 and in f16.
+  std::fill_n(memory.outputs.begin(), row.output_floats, std::bit_cast<float>(0x7fc07fc0u));
   double seconds = time_calls(*turn.row, 1);
   result.refusal = turn.row->refusal();
   if (!result.refusal.empty()) return turn;
@@ -78,7 +85,9 @@ std::vector<Result> measure(Machine& machine, const Group& group, const Effort& 
     input_floats = std::max(input_floats, row.input_floats);
     output_floats = std::max(output_floats, row.output_floats);
   }
-  const RowMemory memory = machine.memory_for(input_floats, output_floats);
+  GroupBuffers buffers;
+  RowMemory memory = machine.memory_for(input_floats, output_floats);
+  memory.buffers = &buffers;
   std::vector<Result> results;
   std::vector<Turn> turns;
   for (const Row& row : group.rows) {
@@ -87,6 +96,7 @@ std::vector<Result> measure(Machine& machine, const Group& group, const Effort& 
     result.flops = row.flops;
     result.bytes = row.bytes;
     result.streamed = row.memory == Memory::streamed;
+    result.bf16_limit = row.bf16_limit && kHasBf16Peak;
     turns.push_back(first_calls(row, memory, group.window * effort.window_scale, result));
     results.push_back(std::move(result));
   }
@@ -98,14 +108,15 @@ std::vector<Result> measure(Machine& machine, const Group& group, const Effort& 
       const int threads = group.rows[at].threads;
       Turn& turn = turns[at];
       Sample sample;
-      const Limits before = machine.near_limits(threads, result.streamed, probe);
+      const Limits before = machine.near_limits(threads, result, probe);
       if (turn.warm_up) turn.row->call();
       const long allocations = allocations_so_far();
       sample.seconds = time_calls(*turn.row, turn.calls);
       result.allocations = static_cast<double>(allocations_so_far() - allocations) / static_cast<double>(turn.calls);
-      const Limits after = machine.near_limits(threads, result.streamed, probe);
+      const Limits after = machine.near_limits(threads, result, probe);
       // The clock moves between states within a second; the mean of the neighbours is the best guess at the window's own.
-      sample.limit = {(before.gflops + after.gflops) / 2, (before.gbps + after.gbps) / 2};
+      sample.limit = {(before.gflops + after.gflops) / 2, (before.gbps + after.gbps) / 2,
+                      (before.bf16_gflops + after.bf16_gflops) / 2};
       result.samples.push_back(sample);
     }
   }

@@ -12,7 +12,7 @@
 namespace fovea_bench {
 
 struct Limits {
-  double gflops = 0, gbps = 0;
+  double gflops = 0, gbps = 0, bf16_gflops = 0;
 };
 
 struct Effort {
@@ -25,19 +25,20 @@ struct Effort {
 // One window of one row.
 struct Sample {
   double seconds = 0;   // per call
-  Limits limit;         // gbps only for streamed rows
+  Limits limit;         // gbps only for streamed rows, bf16_gflops only for rows with that limit
 };
 
 struct Result {
   std::string name, refusal;
   double flops = 0, bytes = 0, max_error = 0;
-  bool streamed = false;
+  bool streamed = false, bf16_limit = false;
   double allocations = 0;   // per call, after the first one
   std::vector<Sample> samples;
 
   double gflops(const Sample& sample) const { return flops / sample.seconds * 1e-9; }
   double gbps(const Sample& sample) const { return bytes / sample.seconds * 1e-9; }
   double of_peak(const Sample& sample) const { return gflops(sample) / sample.limit.gflops; }
+  double of_bf16_peak(const Sample& sample) const { return bf16_limit ? gflops(sample) / sample.limit.bf16_gflops : 0; }
   double of_bandwidth(const Sample& sample) const { return streamed ? gbps(sample) / sample.limit.gbps : 0; }
 };
 
@@ -52,8 +53,9 @@ class Machine {
 
   // The best of several long windows: what the machine can do in a good moment.
   Limits careful_limits(int threads);
-  // Next to a measurement: two FMA windows of so many seconds, and some 10 ms of reading where rows stream.
-  Limits near_limits(int threads, bool streamed, double seconds);
+  // Next to a measurement: two FMA windows of so many seconds, as many of bf16 dot products where rows are held against
+  // them, and some 10 ms of reading where rows stream.
+  Limits near_limits(int threads, const Result& row, double seconds);
 
   // Valid until the next call.
   RowMemory memory_for(std::size_t input_floats, std::size_t output_floats);

@@ -9,7 +9,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <map>
 #include <span>
+#include <string>
 
 namespace fovea_bench {
 
@@ -41,9 +44,6 @@ class HugeBuffer {
   std::size_t bytes() const { return bytes_; }
   std::span<float> floats() const { return {reinterpret_cast<float*>(data_), bytes_ / sizeof(float)}; }
 
- private:
-  static constexpr std::size_t kHugePage = std::size_t{2} << 20;
-
   void release() {
     if (mapped_ != nullptr) munmap(mapped_, bytes_ + kHugePage);
     mapped_ = nullptr;
@@ -51,9 +51,30 @@ class HugeBuffer {
     bytes_ = 0;
   }
 
+ private:
+  static constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
   void* mapped_ = nullptr;
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
+};
+
+// Buffers the rows of a group share, by name; they go when the group is measured.
+class GroupBuffers {
+ public:
+  // Filled by the first who asks for the name.
+  std::span<std::byte> get(const std::string& name, std::size_t bytes,
+                           const std::function<void(std::span<std::byte>)>& fill) {
+    const auto [place, is_new] = buffers_.try_emplace(name);
+    if (is_new) {
+      place->second.reserve(bytes);
+      fill({place->second.data(), bytes});
+    }
+    return {place->second.data(), bytes};
+  }
+
+ private:
+  std::map<std::string, HugeBuffer> buffers_;
 };
 
 // Uniform in [-1, 1), the same at every place whatever the length. Touches every page, because

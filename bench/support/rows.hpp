@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.hpp"
 #include "pool.hpp"
 
 namespace fovea_bench {
@@ -19,6 +20,7 @@ struct RowMemory {
   std::span<const float> inputs;
   std::span<float> outputs;
   PinnedPool* pool = nullptr;
+  GroupBuffers* buffers = nullptr;
 };
 
 // A row that is ready to run: memory placed, plan made.
@@ -33,11 +35,16 @@ class PreparedRow {
 // Which memory limit a row is held against.
 enum class Memory { cached, streamed };
 
+// The suites a row belongs to, as a sum.
+inline constexpr unsigned kCore = 1, kDecode = 2, kStorage = 4;
+
 struct Row {
-  std::string name;   // mechanism/regime/dtype/d/q/kv/heads/mask/threads/impl
+  std::string name;   // mechanism/regime/dtype/d/q/kv/heads/mask/threads/impl; unique among all suites
+  unsigned suites = kCore;
   int threads = 1;
   double flops = 0, bytes = 0;   // of one call
   Memory memory = Memory::cached;
+  bool bf16_limit = false;       // held against the peak of bf16 dot products as well
   std::size_t input_floats = 0, output_floats = 0;
   std::function<std::unique_ptr<PreparedRow>(const RowMemory&)> prepare;
 };
@@ -52,5 +59,9 @@ struct Group {
 
 // The tables of the mechanisms; each lives in mechanisms/<name>_bench.cpp.
 std::vector<Group> softmax_groups(int max_threads);
+std::vector<Group> softmax_stored_groups(int max_threads);
+
+// All of them. Stops the program where two rows have the same name.
+std::vector<Group> all_groups(int max_threads);
 
 }  // namespace fovea_bench

@@ -134,6 +134,7 @@ class MixedCache {
   index_t sinks() const { return places().sinks; }
   index_t window() const { return places().window; }
   const CacheRows& rows() const { return coded().rows(); }
+  const CacheRows& exact_rows() const { return exact().rows(); }
   std::size_t bytes() const { return owned_.block.size(); }
   index_t len(index_t sequence) const {
     FOVEA_ASSERT(sequence >= 0 && sequence < sequences());

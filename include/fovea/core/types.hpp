@@ -11,13 +11,13 @@ inline namespace v0 {
 
 using index_t = std::ptrdiff_t;
 
-// 16- and 8-bit numbers as stored: bits, no arithmetic (conversions: core/convert.hpp). bf16 is the upper half of an fp32;
-// f16 is IEEE binary16; fp8_e4m3 has no infinity and one NaN pattern per sign, largest 448; fp8_e5m2 is IEEE-like, largest
-// 57344.
-struct bf16 {
+// 16- and 8-bit numbers as stored: bits, no arithmetic (conversions: core/convert.hpp). bf16 is the upper half of an fp32, f16 is
+// IEEE binary16; both may alias, because other libraries' halves are read through them. fp8_e4m3 has no infinity and one NaN
+// pattern per sign, largest 448; fp8_e5m2 is IEEE-like, largest 57344.
+struct __attribute__((may_alias)) bf16 {
   std::uint16_t bits;
 };
-struct f16 {
+struct __attribute__((may_alias)) f16 {
   std::uint16_t bits;
 };
 struct fp8_e4m3 {

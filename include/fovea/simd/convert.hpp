@@ -85,9 +85,9 @@ FOVEA_INLINE i32 nibble_bytes(const std::byte* codes, index_t d) {
 struct NibbleValues {
   f32 table;
   FOVEA_INLINE static NibbleValues with_zero(f32 scale, f32 zero) {
-    return {fma(to_float(lane_numbers()), scale, zero)};
+    return {fma(counted_from(0.f), scale, zero)};
   }
-  FOVEA_INLINE static NibbleValues symmetric(f32 scale) { return {to_float(lane_numbers() - i32(8)) * scale}; }
+  FOVEA_INLINE static NibbleValues symmetric(f32 scale) { return {counted_from(-8.f) * scale}; }
   FOVEA_INLINE f32 operator()(i32 bytes) const { return lookup16(table, bytes); }
 };
 #else

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of plain numbers (f32, f64, bf16, f16) to floats and back: queries as they enter the engine, outputs as they leave.
 #pragma once
+#include <algorithm>
+
 #include "../core/convert.hpp"
 #include "../core/formats.hpp"
+#include "convert.hpp"
+#include "narrow.hpp"
 #include "simd.hpp"
 
 namespace fovea {
@@ -10,6 +14,14 @@ inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
 inline void read_numbers(Format format, const std::byte* from, index_t element_stride, index_t count, float* to) {
+  if (element_stride == 1 && (format == Format::bf16 || format == Format::f16)) {
+    const bool brain = format == Format::bf16;
+    index_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, brain ? load_bf16(from + 2 * i) : load_f16(from + 2 * i));
+    if (i < count)
+      store_some(to + i, brain ? load_bf16_some(from + 2 * i, count - i) : load_f16_some(from + 2 * i, count - i), count - i);
+    return;
+  }
   const auto read = [&](const auto* numbers, const auto& convert) {
     for (index_t i = 0; i < count; ++i) to[i] = convert(numbers[i * element_stride]);
   };
@@ -26,6 +38,18 @@ inline void read_numbers(Format format, const std::byte* from, index_t element_s
 }
 
 inline void write_numbers(Format format, const float* from, index_t count, std::byte* to, index_t element_stride) {
+  if (element_stride == 1 && (format == Format::bf16 || format == Format::f16)) {
+    for (index_t i = 0; i < count; i += kLanes) {
+      const index_t here = std::min(kLanes, count - i);
+      const f32 numbers = here == kLanes ? load(from + i) : load_some(from + i, here);
+      if (format == Format::bf16) {
+        store_as<bf16>(to + 2 * i, numbers, here);
+      } else {
+        store_as<f16>(to + 2 * i, numbers, here);
+      }
+    }
+    return;
+  }
   const auto write = [&](auto* numbers, const auto& convert) {
     for (index_t i = 0; i < count; ++i) numbers[i * element_stride] = convert(from[i]);
   };

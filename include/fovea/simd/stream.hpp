@@ -21,27 +21,43 @@ inline constexpr index_t kLineBytes = 64;
 template <class Codec>
 inline constexpr int kLineVectors = static_cast<int>(std::clamp<index_t>(kLineBytes / Codec::offset(kLanes), 1, 4));
 
-// A codec may decode vectors together cheaper than one by one: load_run<Vectors>, up to kRunVectors, where number d starts a
-// multiple of Vectors vectors.
+// A codec may decode several vectors of a row cheaper than one by one: Codec::Chunk<Vectors>{row, d, dim} looks at numbers
+// d .. d + Vectors * kLanes - 1 (d is a multiple of their count), plain() says whether it can, pair(n, to) gives vectors n and
+// n + 1. kChunkVectors is the widest chunk that pays.
 template <class Codec>
-concept HasRuns = requires {
-  Codec::kRunVectors;
+concept HasChunks = requires {
+  Codec::kChunkVectors;
 };
 template <int Vectors, class Codec>
 FOVEA_INLINE void load_vectors(const Codec& codec, const std::byte* row, index_t d, index_t dim, f32 (&to)[Vectors]) {
-  if constexpr (HasRuns<Codec>) {
-    codec.template load_run<Vectors>(row, d, dim, to);
-  } else {
-    FOVEA_UNROLL
-    for (int n = 0; n < Vectors; ++n) to[n] = codec.load(row, d + n * kLanes, dim);
+  if constexpr (HasChunks<Codec> && Vectors % 2 == 0) {
+    const typename Codec::template Chunk<Vectors> chunk(row, d, dim);
+    if (__builtin_expect(chunk.plain(), 1)) {
+      FOVEA_UNROLL
+      for (int n = 0; n < Vectors; n += 2) {
+        f32 pair[2];
+        chunk.pair(n, pair);
+        to[n] = pair[0];
+        to[n + 1] = pair[1];
+      }
+      return;
+    }
   }
+  FOVEA_UNROLL
+  for (int n = 0; n < Vectors; ++n) to[n] = codec.load(row, d + n * kLanes, dim);
 }
 
-// The lines that hold the numbers [d, d_end) of the row `ahead` bytes behind this one.
+// The lines that hold `Vectors` vectors from number d on of the row `ahead` bytes behind this one.
+template <int Vectors, class Codec>
+FOVEA_INLINE void prefetch_vectors(const std::byte* row, index_t d, index_t ahead) {
+  constexpr index_t kBytes = Codec::offset(Vectors * kLanes);
+  FOVEA_UNROLL
+  for (index_t at = 0; at < kBytes; at += kLineBytes) prefetch(row + Codec::offset(d) + at, ahead);
+}
+// Scales behind the numbers may have a line to themselves.
 template <class Codec>
-FOVEA_INLINE void prefetch_numbers(const std::byte* row, index_t d, index_t d_end, index_t ahead) {
-  const index_t end = Codec::offset(d_end);
-  for (index_t at = Codec::offset(d); at < end; at += kLineBytes) prefetch(row + at, ahead);
+FOVEA_INLINE void prefetch_scales(const std::byte* row, index_t dim, index_t ahead) {
+  if constexpr (Codec::kRowScaled || Codec::kGroupScaled) prefetch(row + Codec::offset(dim), ahead);
 }
 
 // to[r * to_stride + 0 .. 3] = q[r] . the keys at key + offset[0 .. 3].
@@ -66,41 +82,56 @@ FOVEA_INLINE void score_block(const Codec& codec, const float* q, index_t q_stri
       for (int j = 0; j < kStreamKeys; ++j) sum[r][j] = fma(query, part[j], sum[r][j]);
     }
   };
-  const auto prefetch_keys = [&](index_t begin, index_t end) {
+  const auto prefetch_keys = [&]<int Vectors>(index_t at, std::integral_constant<int, Vectors>) {
     FOVEA_UNROLL
-    for (int j = 0; j < kStreamKeys; ++j) prefetch_numbers<Codec>(key + offset[j], begin, end, ahead);
+    for (int j = 0; j < kStreamKeys; ++j) prefetch_vectors<Vectors, Codec>(key + offset[j], at, ahead);
   };
   index_t d = 0;
-  if constexpr (HasRuns<Codec>) {
-    const auto add_runs = [&]<int Vectors>(std::integral_constant<int, Vectors>) {
+  if constexpr (HasChunks<Codec>) {
+    const auto add_chunks = [&]<int Vectors>(std::integral_constant<int, Vectors> vectors) {
+      using Chunk = typename Codec::template Chunk<Vectors>;
       for (; d + Vectors * kLanes <= dim; d += Vectors * kLanes) {
-        prefetch_keys(d, d + Vectors * kLanes);
-        FOVEA_UNROLL
-        for (int j = 0; j < kStreamKeys; ++j) {
-          f32 part[Vectors];
-          load_vectors(codec, key + offset[j], d, dim, part);
+        prefetch_keys(d, vectors);
+        const Chunk chunks[kStreamKeys] = {{key + offset[0], d, dim},
+                                           {key + offset[1], d, dim},
+                                           {key + offset[2], d, dim},
+                                           {key + offset[3], d, dim}};
+        static_assert(kStreamKeys == 4);
+        if (__builtin_expect(chunks[0].plain() & chunks[1].plain() & chunks[2].plain() & chunks[3].plain(), 1)) {
           FOVEA_UNROLL
-          for (int n = 0; n < Vectors; ++n) {
+          for (int n = 0; n < Vectors; n += 2) {
             FOVEA_UNROLL
-            for (int r = 0; r < Rows; ++r)
-              sum[r][j] = fma(load(q + r * q_stride + d + n * kLanes), part[n], sum[r][j]);
+            for (int j = 0; j < kStreamKeys; ++j) {
+              f32 part[2];
+              chunks[j].pair(n, part);
+              FOVEA_UNROLL
+              for (int r = 0; r < Rows; ++r) {
+                const float* const query = q + r * q_stride + d + n * kLanes;
+                sum[r][j] = fma(load(query + kLanes), part[1], fma(load(query), part[0], sum[r][j]));
+              }
+            }
           }
+        } else {
+          for (index_t at = d; at < d + Vectors * kLanes; at += kLanes)
+            add(at, [&](const std::byte* row) { return codec.load(row, at, dim); });
         }
       }
     };
-    add_runs(std::integral_constant<int, Codec::kRunVectors>{});
-    if constexpr (Codec::kRunVectors > 4) add_runs(std::integral_constant<int, 4>{});
-    if constexpr (Codec::kRunVectors > 4) add_runs(std::integral_constant<int, 2>{});
+    add_chunks(std::integral_constant<int, Codec::kChunkVectors>{});
+    if constexpr (Codec::kChunkVectors > 4) add_chunks(std::integral_constant<int, 4>{});
+    add_chunks(std::integral_constant<int, 2>{});
   } else {
     constexpr int kStep = kLineVectors<Codec>;
     for (; d + kStep * kLanes <= dim; d += kStep * kLanes) {
-      prefetch_keys(d, d + kStep * kLanes);
+      prefetch_keys(d, std::integral_constant<int, kStep>{});
       FOVEA_UNROLL
       for (int n = 0; n < kStep; ++n)
         add(d + n * kLanes, [&](const std::byte* row) { return codec.load(row, d + n * kLanes, dim); });
     }
   }
-  if (d < dim) prefetch_keys(d, dim);
+  if (d < dim) prefetch_keys(d, std::integral_constant<int, kLineVectors<Codec>>{});
+  FOVEA_UNROLL
+  for (int j = 0; j < kStreamKeys; ++j) prefetch_scales<Codec>(key + offset[j], dim, ahead);
   for (; d + kLanes <= dim; d += kLanes) add(d, [&](const std::byte* row) { return codec.load(row, d, dim); });
   if (d < dim) add(d, [&](const std::byte* row) { return codec.load_some(row, d, dim - d, dim); });
   FOVEA_UNROLL
@@ -169,7 +200,7 @@ FOVEA_INLINE void weigh_columns(const Codec& codec, const float* p, index_t p_st
     for (int n = 0; n < Vectors; ++n) sum[r][n] = load(acc + r * acc_stride + d + n * kLanes) * f32(rescale[r]);
   }
   for (index_t j = 0; j < count; ++j, rows += row_stride) {
-    prefetch_numbers<Codec>(rows, d, d + Vectors * kLanes, ahead);
+    prefetch_vectors<Vectors, Codec>(rows, d, ahead);
     f32 value[Vectors];
     load_vectors(codec, rows, d, dim, value);
     FOVEA_UNROLL
@@ -197,6 +228,7 @@ FOVEA_NOINLINE void stream_weigh_rows(const Codec& codec, const float* p, const 
   for (index_t first = 0; first < values.count; first += kRun) {
     const index_t here = std::min(kRun, values.count - first);
     const std::byte* const run = values.data + first * stride;
+    for (index_t j = 0; j < here; ++j) prefetch_scales<Codec>(run + j * stride, dim, ahead);
     const float* const factor = first == 0 ? rescale : keep;
     const float* weights = p + first;
     index_t weights_stride = kScoreStride;

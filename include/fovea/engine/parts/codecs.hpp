@@ -14,7 +14,7 @@ inline namespace FOVEA_ARCH {
 // Numbers of Bytes each, one behind the other; where the row is scaled, its f32 scale follows them.
 template <index_t Bytes, f32 (*Load)(const std::byte*), f32 (*LoadSome)(const std::byte*, index_t), bool RowScaled>
 struct NumberCodec {
-  static constexpr bool kRowScaled = RowScaled;
+  static constexpr bool kRowScaled = RowScaled, kGroupScaled = false;
   FOVEA_INLINE static constexpr index_t offset(index_t d) { return Bytes * d; }
   FOVEA_INLINE f32 load(const std::byte* row, index_t d, index_t) const { return Load(row + offset(d)); }
   FOVEA_INLINE f32 load_some(const std::byte* row, index_t d, index_t count, index_t) const {
@@ -39,24 +39,25 @@ struct Bf16Codec : NumberCodec<2, load_bf16, load_bf16_some, false> {
 
 struct E4m3Codec : NumberCodec<1, load_e4m3, load_e4m3_some, true> {
 #if defined(FOVEA_FAST_E4M3)
-  static constexpr int kRunVectors = 4;
+  static constexpr int kChunkVectors = 4;
   template <int Vectors>
-  FOVEA_INLINE void load_run(const std::byte* row, index_t d, index_t dim, f32 (&to)[Vectors]) const {
-    FOVEA_UNROLL
-    for (int n = 0; n + 4 <= Vectors; n += 4) {
-      f32 four[4];
-      load_e4m3_four(row + d + n * kLanes, four);
-      for (int i = 0; i < 4; ++i) to[n + i] = four[i];
+  struct Chunk {
+    const std::byte* codes;
+    FOVEA_INLINE Chunk(const std::byte* row, index_t d, index_t) : codes(row + d) {}
+    FOVEA_INLINE bool plain() const {
+      bool all = true;
+      FOVEA_UNROLL
+      for (int n = 0; n < Vectors; n += 4) all &= normal_e4m3<Vectors < 4 ? 32 : 64>(codes + n * kLanes);
+      return all;
     }
-    FOVEA_UNROLL
-    for (int n = Vectors / 4 * 4; n < Vectors; ++n) to[n] = load(row, d + n * kLanes, dim);
-  }
+    FOVEA_INLINE void pair(int n, f32 (&to)[2]) const { load_normal_e4m3_pair(codes + n * kLanes, to); }
+  };
 #endif
 };
 
 template <index_t Group, bool Zero>
 struct I4Codec {
-  static constexpr bool kRowScaled = false;
+  static constexpr bool kRowScaled = false, kGroupScaled = true;
   static constexpr index_t kScaleBytes = Zero ? 4 : 2;
   FOVEA_INLINE static constexpr index_t offset(index_t d) { return d / 2; }
   FOVEA_INLINE static const std::byte* scales(const std::byte* row, index_t d, index_t dim) {
@@ -74,41 +75,36 @@ struct I4Codec {
   }
   FOVEA_INLINE float scale(const std::byte*, index_t) const { return 1.f; }
 #if defined(__AVX512F__)
-  // Both halves of a block from one load, all scales from one conversion.
-  static constexpr int kRunVectors = 8;
+  // Both halves of a block from one load, the scales of a chunk from one conversion.
+  static constexpr int kChunkVectors = 8;
   template <int Vectors>
-  FOVEA_INLINE void load_run(const std::byte* row, index_t d, index_t dim, f32 (&to)[Vectors]) const {
-    if constexpr (Vectors % 2 != 0) {
-      for (int n = 0; n < Vectors; ++n) to[n] = load(row, d + n * kLanes, dim);
-    } else {
-      constexpr int kGroups = std::max(static_cast<int>(Vectors * kLanes / Group), 1), kHalves = Zero ? 2 : 1;
-      constexpr int kBlocks = Vectors / 2 / kGroups;   // of 32 numbers, per group
-      const f32 stored = load_f16_few<kGroups * kHalves>(scales(row, d, dim));
-      FOVEA_UNROLL
-      for (int g = 0; g < kGroups; ++g) {
-        const f32 scale = broadcast_lane(stored, g * kHalves);
-        NibbleValues values;
-        if constexpr (Zero) {
-          values = NibbleValues::with_zero(scale, broadcast_lane(stored, g * kHalves + 1));
-        } else {
-          values = NibbleValues::symmetric(scale);
-        }
-        FOVEA_UNROLL
-        for (int block = 0; block < kBlocks; ++block) {
-          const int n = 2 * (g * kBlocks + block);
-          const i32 bytes = widen_u8(row + (d + n * kLanes) / 2);
-          to[n] = values(bytes);
-          to[n + 1] = values(bytes >> 4);
-        }
+  struct Chunk {
+    static constexpr int kGroups = std::max(static_cast<int>(Vectors * kLanes / Group), 1), kHalves = Zero ? 2 : 1;
+    const std::byte* codes;
+    f32 stored;
+    FOVEA_INLINE Chunk(const std::byte* row, index_t d, index_t dim)
+        : codes(row + d / 2), stored(load_f16_few<kGroups * kHalves>(scales(row, d, dim))) {}
+    FOVEA_INLINE constexpr bool plain() const { return true; }
+    FOVEA_INLINE void pair(int n, f32 (&to)[2]) const {
+      const int group = n * kGroups / Vectors;
+      const f32 scale = broadcast_lane(stored, group * kHalves);
+      const i32 bytes = widen_u8(codes + n * kLanes / 2);
+      NibbleValues values;
+      if constexpr (Zero) {
+        values = NibbleValues::with_zero(scale, broadcast_lane(stored, group * kHalves + 1));
+      } else {
+        values = NibbleValues::symmetric(scale);
       }
+      to[0] = values(bytes);
+      to[1] = values(bytes >> 4);
     }
-  }
+  };
 #endif
 };
 
 // 512 e4m3, four f32 scales, 64 bf16. Dim is 576, or 512 to leave the bf16 numbers out.
 struct LatentFp8Codec {
-  static constexpr bool kRowScaled = false;
+  static constexpr bool kRowScaled = false, kGroupScaled = false;   // its scales stand among the numbers
   static constexpr index_t kScales = 512, kTail = 528, kScaleGroup = 128;
   FOVEA_INLINE static constexpr index_t offset(index_t d) {
     return d < kLatentFp8Values ? d : kTail + 2 * (d - kLatentFp8Values);

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// fovea::attention and fovea::cascade_attention for every storage format, compiled once for all test files: the kernels of all
+// formats and both panel types are most of what a test file of this kind would compile.
+#pragma once
+#include <span>
+
+#include "fovea/attention.hpp"
+#include "fovea/cascade.hpp"
+
+namespace test {
+
+fovea::Status attend_all(const fovea::Operand& q, const fovea::Kv& kv, const fovea::Result& out,
+                         const fovea::AttentionOptions& options = {});
+fovea::Status attend_all(const fovea::Plan& plan, const fovea::Operand& q, const fovea::Kv& kv, const fovea::Result& out,
+                         const fovea::AttentionOptions& options);
+fovea::Status cascade_all(const fovea::Operand& q, std::span<const fovea::CascadeLevel> levels, const fovea::Result& out,
+                          const fovea::AttentionOptions& options);
+
+}   // namespace test
