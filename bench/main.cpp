@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fovea_bench <suite>: `core` measures every row and prints a table, `goals` holds the rows against bench/goals.tsv.
+// fovea_bench <suite>: `core`, `decode` and `storage` measure their rows and print a table, `goals` holds the rows of all
+// suites against bench/goals.tsv.
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <regex>
@@ -15,16 +16,17 @@ int main(int argc, char** argv) {
   std::string suite;
   fovea_bench::SuiteOptions options;
   options.goals = FOVEA_BENCH_GOALS;
-  app.add_option("suite", suite, "core: every row; goals: the dashboard")
+  app.add_option("suite", suite, "core, decode, storage: their rows; goals: the dashboard")
       ->required()
-      ->check(CLI::IsMember({"core", "goals"}));
-  app.add_option("--filter", options.filter, "Regular expression: row names (core) or goal ids (goals)");
+      ->check(CLI::IsMember({"core", "decode", "storage", "goals"}));
+  app.add_option("--filter", options.filter, "Regular expression: row names, or goal ids (goals)");
   app.add_option("--json", options.json, "Also write the results to this file");
   app.add_option("--goals", options.goals, "The table of goals")->check(CLI::ExistingFile);
-  app.add_flag("--quick", options.quick, "Fewer repetitions, shorter windows; core also leaves out the longest rows");
+  app.add_flag("--quick", options.quick, "Fewer repetitions, shorter windows; all but goals leave out the longest rows");
   CLI11_PARSE(app, argc, argv);
   try {
-    return suite == "core" ? fovea_bench::run_core(options) : fovea_bench::run_goals(options);
+    return suite == "goals" ? fovea_bench::run_goals(options)
+                            : fovea_bench::run_rows(fovea_bench::suite_of(suite), options);
   } catch (const std::regex_error& error) {
     std::fprintf(stderr, "fovea_bench: not a regular expression, in --filter or in %s: %s\n", options.goals.c_str(),
                  error.what());

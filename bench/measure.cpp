@@ -39,7 +39,7 @@ Limits Machine::near_limits(int threads, const Result& row, double seconds) {
 RowMemory Machine::memory_for(std::size_t input_floats, std::size_t output_floats) {
   // Caches in other formats need the room that rows of f32 took before.
   const std::size_t bytes = input_floats * sizeof(float);
-  if (inputs_.bytes() > 16 * bytes) inputs_.release();
+  if (inputs_.bytes() > std::max(16 * bytes, std::size_t{256} << 20)) inputs_.release();
   if (inputs_.reserve(bytes)) fill_random(inputs_.floats());
   outputs_.reserve(output_floats * sizeof(float));
   return {inputs_.floats(), outputs_.floats(), &pool_, nullptr};

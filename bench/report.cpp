@@ -48,7 +48,7 @@ double median_of(const Result& result, Figure figure) {
   return median(values);
 }
 
-constexpr int kNameWidth = 68;
+constexpr int kNameWidth = 72;
 
 }  // namespace
 
@@ -65,6 +65,7 @@ std::vector<std::pair<std::string, std::string>> describe_machine(Machine& machi
   for (int threads = 1; threads <= std::min(2, machine.threads()); ++threads) {
     const Limits limits = machine.careful_limits(threads);
     lines.emplace_back(text("fma_peak_t%d", threads), text("%.1f GFLOP/s", limits.gflops));
+    if (kHasBf16Peak) lines.emplace_back(text("bf16_peak_t%d", threads), text("%.1f GFLOP/s", limits.bf16_gflops));
     lines.emplace_back(text("dram_read_t%d", threads), text("%.1f GB/s", limits.gbps));
   }
   return lines;
@@ -87,8 +88,8 @@ std::string readable_time(double seconds) {
 }
 
 void print_row_header() {
-  std::printf("%-*s %10s %7s %8s %7s %8s %8s %8s %6s\n", kNameWidth, "row (medians)", "time", "spread", "gflops", "gbps",
-              "of_peak", "of_bandw", "max_err", "allocs");
+  std::printf("%-*s %10s %7s %8s %7s %8s %8s %8s %8s %6s\n", kNameWidth, "row (medians)", "time", "spread", "gflops", "gbps",
+              "of_peak", "of_bf16", "of_bandw", "max_err", "allocs");
   std::fflush(stdout);
 }
 
@@ -100,10 +101,12 @@ void print_rows(const std::vector<Result>& results) {
     }
     const double seconds = median_seconds(result);
     const double of_peak = median_of(result, [&](const Sample& sample) { return result.of_peak(sample); });
+    const double of_bf16_peak = median_of(result, [&](const Sample& sample) { return result.of_bf16_peak(sample); });
     const double of_bandwidth = median_of(result, [&](const Sample& sample) { return result.of_bandwidth(sample); });
-    std::printf("%-*s %10s %6.1f%% %8.2f %7.2f %7.1f%% %8s %8.1e %6s\n", kNameWidth, result.name.c_str(),
+    std::printf("%-*s %10s %6.1f%% %8.2f %7.2f %7.1f%% %8s %8s %8.1e %6s\n", kNameWidth, result.name.c_str(),
                 readable_time(seconds).c_str(), 100 * spread(result), result.flops / seconds * 1e-9,
                 result.bytes / seconds * 1e-9, 100 * of_peak,
+                result.bf16_limit ? text("%.1f%%", 100 * of_bf16_peak).c_str() : "-",
                 result.streamed ? text("%.1f%%", 100 * of_bandwidth).c_str() : "-", result.max_error,
                 allocations_are_counted() ? text("%.3g", result.allocations).c_str() : "-");
   }

@@ -161,7 +161,8 @@ void print_cell(std::optional<Error> error) {
 }
 
 std::optional<std::vector<double>> kernel_output(const Data& data, Format k_format, const StoredRows& k, Format v_format,
-                                                 const StoredRows& v) {
+                                                 const StoredRows& v,
+                                               fovea::Panels panels) {
   fovea::Kv kv;
   kv.k = fovea::stored_rows(k.bytes.data(), k_format, data.dim_qk, data.heads, kKeys);
   kv.v = fovea::stored_rows(v.bytes.data(), v_format, v_format == Format::latent_fp8 ? data.dim_qk : data.dim_v, data.heads,
@@ -174,7 +175,7 @@ std::optional<std::vector<double>> kernel_output(const Data& data, Format k_form
   std::vector<float> out(count_of(data.heads, kQueries, data.dim_v));
   const fovea::Status status =
       fovea::attention(fovea::bhsd<const float>(data.q.data(), 1, data.heads, kQueries, data.dim_qk), kv,
-                       fovea::bhsd<float>(out.data(), 1, data.heads, kQueries, data.dim_v), {});
+                       fovea::bhsd<float>(out.data(), 1, data.heads, kQueries, data.dim_v), {.panels = panels});
   if (!status.ok()) {
     std::fprintf(stderr, "%s\n", status.message());
     return std::nullopt;
@@ -184,6 +185,8 @@ std::optional<std::vector<double>> kernel_output(const Data& data, Format k_form
 
 // The worst distance of fovea::attention from double over the same stored rows.
 double kernel_worst = 0;
+// The same where packed regimes multiply in bf16, for formats that they may: largest and RMS.
+Error bf16_worst{};
 bool kernel_failed = false;
 
 void print_row(const Data& data, const std::vector<double>& exact, Format format) {
@@ -201,9 +204,15 @@ void print_row(const Data& data, const std::vector<double>& exact, Format format
   print_cell(v_format == format ? std::optional(error_of(attend(data, k, v_stored), exact)) : std::nullopt);
   print_cell(error_of(both, exact));
   std::printf(" |\n");
-  const auto kernel = kernel_output(data, format, k_rows, v_format, v_rows);
+  const auto kernel = kernel_output(data, format, k_rows, v_format, v_rows, fovea::Panels::f32);
   if (kernel) kernel_worst = std::max(kernel_worst, error_of(*kernel, both).max);
   kernel_failed = kernel_failed || !kernel;
+  if (!fovea::kHasBf16Dot || format == Format::f32 || format == Format::f64) return;
+  const auto bf16 = kernel_output(data, format, k_rows, v_format, v_rows, fovea::Panels::bf16);
+  kernel_failed = kernel_failed || !bf16;
+  if (!bf16) return;
+  const Error error = error_of(*bf16, both);
+  if (error.rms > bf16_worst.rms) bf16_worst = error;
 }
 
 void print_table(const char* title, index_t outliers) {
@@ -310,6 +319,8 @@ int main() {
   print_table("Gaussian data, four channels of K times 20", 4);
   std::printf("fovea::attention on the same stored rows is within %.1e of these results (of the output's RMS).\n\n",
               kernel_worst);
+  if (fovea::kHasBf16Dot)
+    std::printf("With Panels::bf16: max %.1e, RMS %.1e, in the worst row of the tables.\n\n", bf16_worst.max, bf16_worst.rms);
   print_rules();
   return kernel_failed ? 1 : 0;
 }

@@ -12,8 +12,11 @@ struct SuiteOptions {
   bool quick = false;
 };
 
+// The flag in Row::suites of a suite of rows: core, decode, storage. 0: no such suite.
+unsigned suite_of(const std::string& name);
+
 // Both return the exit status of the program.
-int run_core(const SuiteOptions& options);
+int run_rows(unsigned suite, const SuiteOptions& options);
 int run_goals(const SuiteOptions& options);
 
 }  // namespace fovea_bench

@@ -75,6 +75,7 @@ class KvCache {
                                 .dim_v = c_.head_dim,
                                 .k = options.format,
                                 .v = options.format};
+    bytes_per_token_ = c_.layers * fovea::token_bytes(rows);
     row_.resize(static_cast<std::size_t>(c_.head_dim));
     turned_.assign(static_cast<std::size_t>(c_.layers), 0);
     switch (options.home) {
@@ -86,15 +87,18 @@ class KvCache {
         return create_layers<fovea::PagedCache>(
             fovea::PagedCacheShape{.rows = rows, .pages = pages, .page_size = options.page_size});
       }
-      case KvHome::ring:
+      case KvHome::ring: {
         if (options.window > c_.context || options.sinks > c_.context - options.window) {
           return fovea::Status::error(fovea::Code::invalid_argument,
                                       "%td sinks and a window of %td are more positions than the model's %td",
                                       options.sinks, options.window, c_.context);
         }
-        unrotated_sinks_.resize(static_cast<std::size_t>(c_.layers * c_.kv_heads * options.sinks * c_.head_dim));
-        return create_layers<fovea::RingCache>(
+        const fovea::Status status = create_layers<fovea::RingCache>(
             fovea::RingCacheShape{.rows = rows, .sinks = options.sinks, .window = options.window});
+        if (status.ok())
+          unrotated_sinks_.resize(static_cast<std::size_t>(c_.layers * c_.kv_heads * options.sinks * c_.head_dim));
+        return status;
+      }
       case KvHome::mixed:
         return create_layers<fovea::MixedCache>(fovea::MixedCacheShape{
             .rows = rows, .slots = c_.context, .sinks = options.sinks, .window = options.window});
@@ -156,9 +160,7 @@ class KvCache {
   }
 
   // Of all layers. bytes() counts what is allocated, window and tables included.
-  Index bytes_per_token() const {
-    return std::visit([&](const auto& layers) { return c_.layers * fovea::token_bytes(layers[0].rows()); }, layers_);
-  }
+  Index bytes_per_token() const { return bytes_per_token_; }
   std::size_t bytes() const {
     const auto sum = [](const auto& layers) {
       std::size_t bytes = 0;
@@ -224,6 +226,7 @@ class KvCache {
 
   const Config& c_;
   KvOptions options_;
+  Index bytes_per_token_ = 0;
   std::variant<std::vector<fovea::ContiguousCache>, std::vector<fovea::PagedCache>, std::vector<fovea::RingCache>,
                std::vector<fovea::MixedCache>>
       layers_;

@@ -97,8 +97,8 @@ bool pack_values(const Codec& codec, const Segment& values, index_t dim, float* 
     if (whole == dim) continue;
     FOVEA_UNROLL
     for (index_t n = 0; n < kPanelVectors; ++n) {
-      const index_t d = whole + n * kLanes, width = dim - d;
-      keep(at + n * kLanes, width > 0 ? load_part(codec, row, d, width, dim) : f32(0.f));
+      const index_t d = whole + n * kLanes, width = std::min(kLanes, dim - d);
+      keep(at + n * kLanes, width > 0 ? codec.load_some(row, d, width, dim) : f32(0.f));
     }
   }
   return reduce_add(taint) == 0.f;

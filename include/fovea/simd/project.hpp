@@ -3,9 +3,9 @@
 // weights, fp32 sums. Every element of C is one chain of FMAs in the order of the summed index, so its bits depend on its
 // row of A and on B alone, never on how many rows share the call.
 //
-// B is packed 256 x 256 numbers at a time (256 KiB of fp32, half an L2 of 512 KiB) and read by up to kProjectRows rows of A;
-// tiles of 12 rows x 256 numbers of A and the panel in use stay in L1. One call is a list of independent tasks (blocks of
-// C): whoever owns threads deals them out.
+// B is packed one panel at a time (two vectors of columns, at most 32 KiB of fp32) and stays in L1 while all rows of A in the
+// task pass by; those are copied once per kProjectDepth numbers and stay in L2. One call is a list of independent tasks
+// (blocks of C): whoever owns threads deals them out.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -24,7 +24,7 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-inline constexpr index_t kProjectDepth = 256;     // numbers of the summed index packed at a time
+inline constexpr index_t kProjectDepth = 256;     // numbers of the summed index at a time
 inline constexpr index_t kProjectColumns = 256;   // columns of C in one task
 inline constexpr index_t kProjectRows = 384;      // rows of C in one task
 static_assert(kProjectDepth <= kMaxKeyTile && kProjectColumns % kPanel == 0 && kProjectRows % kTileRows == 0);
@@ -86,15 +86,15 @@ inline void write_strided(Format format, const float* from, index_t count, std::
 }
 
 struct ProjectMemory {
-  float* a;        // [kTileRows, kScoreStride]
-  float* panels;   // [panel, depth, kPanel]
-  float* c;        // [rows, columns of a task]
+  float* a;       // [rows, kScoreStride]
+  float* panel;   // [depth, kPanel]
+  float* c;       // [rows, columns of a task]
 };
 
 // One lane's memory for calls of up to `rows` rows; the same code counts its bytes.
 inline ProjectMemory carve_project(Bump& bump, index_t rows) {
   const index_t held = (std::min(rows, kProjectRows) + kTileRows - 1) / kTileRows * kTileRows;
-  return {bump.take<float>(kTileRows * kScoreStride), bump.take<float>(kProjectDepth * kProjectColumns),
+  return {bump.take<float>(held * kScoreStride), bump.take<float>(kProjectDepth * kPanel),
           bump.take<float>(held * kProjectColumns)};
 }
 
@@ -115,18 +115,17 @@ struct PlainCodec {
   FOVEA_INLINE float scale(const std::byte*, index_t) const { return 1.f; }
 };
 
-// Numbers [k, k + depth) of the columns [n, n + count) of C.
+// Numbers [k, k + depth) of the columns [n, n + count) of C, count <= kPanel; zeros behind them.
 template <class Codec>
-void pack_block(const Codec& codec, const StoredMatrix& b, Weights order, index_t k, index_t depth, index_t n, index_t count,
+void pack_panel(const Codec& codec, const StoredMatrix& b, Weights order, index_t k, index_t depth, index_t n, index_t count,
                 float* to) {
   const index_t bytes = Codec::offset(1), stride = b.stride * bytes;
   if (order == Weights::by_output) {
     pack_keys(codec, Segment{b.data + n * stride + k * bytes, stride, count, -1}, depth, 0, to);
-    clear_columns(to, depth, count, (count + kPanel - 1) / kPanel * kPanel);
+    clear_columns(to, depth, count, kPanel);
   } else {
     // A weight that is not finite belongs into every sum, so nobody asks.
-    static_cast<void>(
-        pack_values(codec, Segment{b.data + k * stride + n * bytes, stride, depth, -1}, count, to, depth * kPanel));
+    static_cast<void>(pack_values(codec, Segment{b.data + k * stride + n * bytes, stride, depth, -1}, count, to, 0));
   }
 }
 
@@ -134,24 +133,25 @@ FOVEA_NOINLINE inline void pack(const StoredMatrix& b, Weights order, index_t k,
                                 float* to) {
   switch (b.format) {
     case Format::bf16:
-      return pack_block(PlainCodec<2, load_bf16, load_bf16_some>{}, b, order, k, depth, n, count, to);
+      return pack_panel(PlainCodec<2, load_bf16, load_bf16_some>{}, b, order, k, depth, n, count, to);
     case Format::f16:
-      return pack_block(PlainCodec<2, load_f16, load_f16_some>{}, b, order, k, depth, n, count, to);
+      return pack_panel(PlainCodec<2, load_f16, load_f16_some>{}, b, order, k, depth, n, count, to);
     default:
-      return pack_block(PlainCodec<4, load_f32, load_f32_some>{}, b, order, k, depth, n, count, to);
+      return pack_panel(PlainCodec<4, load_f32, load_f32_some>{}, b, order, k, depth, n, count, to);
   }
 }
 
-// c[r, n] += sum_d a[r, d] b[d, n] over one packed block; c is [rows rounded up to tiles, stride].
-inline void multiply(const float* a, index_t rows, index_t depth, index_t columns, const float* panels, float* c,
+// c[r, n] += sum_d a[r, d] panel[d, n] for all rows; a and c are padded to whole tiles of rows.
+inline void multiply(const float* a, index_t rows, index_t depth, index_t columns, const float* panel, float* c,
                      index_t stride) {
   float unchanged[kTileRows];
   std::fill_n(unchanged, kTileRows, 1.f);
-  for (index_t n = 0; n < columns; n += kPanel, panels += depth * kPanel) {
-    if (columns - n > kLanes) {
-      gemm_nn<kPanelVectors>(rows, a, panels, depth, unchanged, c + n, stride);
+  for (index_t row = 0; row < rows; row += kTileRows, a += kTileRows * kScoreStride, c += kTileRows * stride) {
+    const index_t tile = std::min(kTileRows, rows - row);
+    if (columns > kLanes) {
+      gemm_nn<kPanelVectors>(tile, a, panel, depth, unchanged, c, stride);
     } else {
-      gemm_nn<1>(rows, a, panels, depth, unchanged, c + n, stride);
+      gemm_nn<1>(tile, a, panel, depth, unchanged, c, stride);
     }
   }
 }
@@ -169,17 +169,17 @@ void project_task(index_t task, index_t rows, const StoredMatrix& b, Weights ord
   const index_t across = (columns + kProjectColumns - 1) / kProjectColumns;
   const index_t row_begin = task / across * kProjectRows, row_end = std::min(row_begin + kProjectRows, rows);
   const index_t n = task % across * kProjectColumns, count = std::min(kProjectColumns, columns - n);
-  const index_t stride = (count + kPanel - 1) / kPanel * kPanel;
-  const index_t held = (row_end - row_begin + kTileRows - 1) / kTileRows * kTileRows;
+  const index_t stride = (count + kPanel - 1) / kPanel * kPanel, here = row_end - row_begin;
+  const index_t held = (here + kTileRows - 1) / kTileRows * kTileRows;
   std::fill_n(memory.c, held * stride, 0.f);
-  std::fill_n(memory.a, kTileRows * kScoreStride, 0.f);   // spare rows are multiplied too
+  std::fill_n(memory.a + here * kScoreStride, (held - here) * kScoreStride, 0.f);   // spare rows are multiplied too
   for (index_t k = 0; k < depth; k += kProjectDepth) {
-    const index_t here = std::min(kProjectDepth, depth - k);
-    project::pack(b, order, k, here, n, count, memory.panels);
-    for (index_t row = row_begin; row < row_end; row += kTileRows) {
-      const index_t tile = std::min(kTileRows, row_end - row);
-      for (index_t r = 0; r < tile; ++r) read(row + r, k, here, memory.a + r * kScoreStride);
-      project::multiply(memory.a, tile, here, count, memory.panels, memory.c + (row - row_begin) * stride, stride);
+    const index_t numbers = std::min(kProjectDepth, depth - k);
+    for (index_t row = 0; row < here; ++row) read(row_begin + row, k, numbers, memory.a + row * kScoreStride);
+    for (index_t column = 0; column < count; column += kPanel) {
+      const index_t wide = std::min(kPanel, count - column);
+      project::pack(b, order, k, numbers, n + column, wide, memory.panel);
+      project::multiply(memory.a, here, numbers, wide, memory.panel, memory.c + column, stride);
     }
   }
   for (index_t row = row_begin; row < row_end; ++row) write(row, n, count, memory.c + (row - row_begin) * stride);

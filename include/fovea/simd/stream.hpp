@@ -54,10 +54,10 @@ FOVEA_INLINE void prefetch_vectors(const std::byte* row, index_t d, index_t ahea
   FOVEA_UNROLL
   for (index_t at = 0; at < kBytes; at += kLineBytes) prefetch(row + Codec::offset(d) + at, ahead);
 }
-// Scales behind the numbers may have a line to themselves.
+// Scales behind the numbers (of groups: kGroupScaled) may have a line to themselves.
 template <class Codec>
 FOVEA_INLINE void prefetch_scales(const std::byte* row, index_t dim, index_t ahead) {
-  if constexpr (Codec::kRowScaled || Codec::kGroupScaled) prefetch(row + Codec::offset(dim), ahead);
+  if constexpr (Codec::kRowScaled || requires { requires Codec::kGroupScaled; }) prefetch(row + Codec::offset(dim), ahead);
 }
 
 // to[r * to_stride + 0 .. 3] = q[r] . the keys at key + offset[0 .. 3].
@@ -123,10 +123,13 @@ FOVEA_INLINE void score_block(const Codec& codec, const float* q, index_t q_stri
   } else {
     constexpr int kStep = kLineVectors<Codec>;
     for (; d + kStep * kLanes <= dim; d += kStep * kLanes) {
-      prefetch_keys(d, std::integral_constant<int, kStep>{});
       FOVEA_UNROLL
-      for (int n = 0; n < kStep; ++n)
-        add(d + n * kLanes, [&](const std::byte* row) { return codec.load(row, d + n * kLanes, dim); });
+      for (int n = 0; n < kStep; ++n) {
+        add(d + n * kLanes, [&](const std::byte* row) {
+          if (n == 0) prefetch_vectors<kStep, Codec>(row, d, ahead);
+          return codec.load(row, d + n * kLanes, dim);
+        });
+      }
     }
   }
   if (d < dim) prefetch_keys(d, std::integral_constant<int, kLineVectors<Codec>>{});

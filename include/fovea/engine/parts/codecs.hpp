@@ -14,7 +14,7 @@ inline namespace FOVEA_ARCH {
 // Numbers of Bytes each, one behind the other; where the row is scaled, its f32 scale follows them.
 template <index_t Bytes, f32 (*Load)(const std::byte*), f32 (*LoadSome)(const std::byte*, index_t), bool RowScaled>
 struct NumberCodec {
-  static constexpr bool kRowScaled = RowScaled, kGroupScaled = false;
+  static constexpr bool kRowScaled = RowScaled;
   FOVEA_INLINE static constexpr index_t offset(index_t d) { return Bytes * d; }
   FOVEA_INLINE f32 load(const std::byte* row, index_t d, index_t) const { return Load(row + offset(d)); }
   FOVEA_INLINE f32 load_some(const std::byte* row, index_t d, index_t count, index_t) const {
@@ -104,7 +104,7 @@ struct I4Codec {
 
 // 512 e4m3, four f32 scales, 64 bf16. Dim is 576, or 512 to leave the bf16 numbers out.
 struct LatentFp8Codec {
-  static constexpr bool kRowScaled = false, kGroupScaled = false;   // its scales stand among the numbers
+  static constexpr bool kRowScaled = false;
   static constexpr index_t kScales = 512, kTail = 528, kScaleGroup = 128;
   FOVEA_INLINE static constexpr index_t offset(index_t d) {
     return d < kLatentFp8Values ? d : kTail + 2 * (d - kLatentFp8Values);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every row as a Google Benchmark with manual time. The first benchmark of a group measures the whole group in turns; the
+// The suites of rows: every row as a Google Benchmark with manual time. The first benchmark of a group measures the whole group in turns; the
 // others play back what was measured then, one repetition per window, so that the JSON is Google Benchmark's own.
 #include <benchmark/benchmark.h>
 
@@ -52,6 +52,7 @@ void play_back(benchmark::State& state, const Result& result, std::size_t repeti
   state.counters["gflops"] = result.gflops(sample);
   state.counters["gbps"] = result.gbps(sample);
   state.counters["of_peak"] = result.of_peak(sample);
+  if (result.bf16_limit) state.counters["of_bf16_peak"] = result.of_bf16_peak(sample);
   if (result.streamed) state.counters["of_bandwidth"] = result.of_bandwidth(sample);
   state.counters["max_err"] = result.max_error;
   if (allocations_are_counted()) state.counters["allocations"] = result.allocations;
@@ -77,15 +78,21 @@ void register_group(Machine& machine, const std::shared_ptr<MeasuredGroup>& meas
 
 }  // namespace
 
-int run_core(const SuiteOptions& options) {
+unsigned suite_of(const std::string& name) {
+  return name == "core" ? kCore : name == "decode" ? kDecode : name == "storage" ? kStorage : 0;
+}
+
+int run_rows(unsigned suite, const SuiteOptions& options) {
   Machine machine(static_cast<int>(usable_cores().size()));
   const Effort effort = options.quick ? Effort{3, 0.3} : Effort{7, 1};
   const std::regex filter(options.filter);
   std::size_t rows = 0;
-  for (Group& group : softmax_groups(machine.threads())) {
+  for (Group& group : all_groups(machine.threads())) {
     if (options.quick && group.slow) continue;
     auto measured = std::make_shared<MeasuredGroup>();
-    std::erase_if(group.rows, [&](const Row& row) { return !std::regex_search(row.name, filter); });
+    std::erase_if(group.rows, [&](const Row& row) {
+      return (row.suites & suite) == 0 || !std::regex_search(row.name, filter);
+    });
     if (group.rows.empty()) continue;
     rows += group.rows.size();
     measured->group = std::move(group);
