@@ -23,4 +23,4 @@ std::vector<Group> all_groups(int max_threads) {
   return groups;
 }
 
-}  // namespace fovea_bench
+}   // namespace fovea_bench

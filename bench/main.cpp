@@ -25,8 +25,7 @@ int main(int argc, char** argv) {
   app.add_flag("--quick", options.quick, "Fewer repetitions, shorter windows; all but goals leave out the longest rows");
   CLI11_PARSE(app, argc, argv);
   try {
-    return suite == "goals" ? fovea_bench::run_goals(options)
-                            : fovea_bench::run_rows(fovea_bench::suite_of(suite), options);
+    return suite == "goals" ? fovea_bench::run_goals(options) : fovea_bench::run_rows(fovea_bench::suite_of(suite), options);
   } catch (const std::regex_error& error) {
     std::fprintf(stderr, "fovea_bench: not a regular expression, in --filter or in %s: %s\n", options.goals.c_str(),
                  error.what());

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The suites of rows: every row as a Google Benchmark with manual time. The first benchmark of a group measures the whole group in turns; the
-// others play back what was measured then, one repetition per window, so that the JSON is Google Benchmark's own.
+// The suites of rows: every row as a Google Benchmark with manual time. The first benchmark of a group measures the whole
+// group in turns; the others play back what was measured then, one repetition per window, so that the JSON is Google
+// Benchmark's own.
 #include <benchmark/benchmark.h>
 
 #include <cstdio>
@@ -90,9 +91,8 @@ int run_rows(unsigned suite, const SuiteOptions& options) {
   for (Group& group : all_groups(machine.threads())) {
     if (options.quick && group.slow) continue;
     auto measured = std::make_shared<MeasuredGroup>();
-    std::erase_if(group.rows, [&](const Row& row) {
-      return (row.suites & suite) == 0 || !std::regex_search(row.name, filter);
-    });
+    std::erase_if(group.rows,
+                  [&](const Row& row) { return (row.suites & suite) == 0 || !std::regex_search(row.name, filter); });
     if (group.rows.empty()) continue;
     rows += group.rows.size();
     measured->group = std::move(group);

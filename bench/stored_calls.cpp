@@ -4,12 +4,12 @@
 namespace fovea_bench {
 
 using fovea::Format;
-using Measured = fovea::Formats<Format::f32, Format::bf16, Format::f16, Format::i8_token, Format::i8_channel, Format::i4_g32,
-                                Format::i4_g64, Format::i4_g32_zero, Format::i4_g64_zero, Format::e4m3, Format::e5m2,
-                                Format::latent_fp8>;
+using Measured =
+    fovea::Formats<Format::f32, Format::bf16, Format::f16, Format::i8_token, Format::i8_channel, Format::i4_g32,
+                   Format::i4_g64, Format::i4_g32_zero, Format::i4_g64_zero, Format::e4m3, Format::e5m2, Format::latent_fp8>;
 
-fovea::Status stored_attention(const fovea::Plan& plan, const fovea::Operand& q, const fovea::Kv& kv, const fovea::Result& out,
-                               const fovea::AttentionOptions& options) {
+fovea::Status stored_attention(const fovea::Plan& plan, const fovea::Operand& q, const fovea::Kv& kv,
+                               const fovea::Result& out, const fovea::AttentionOptions& options) {
   return fovea::attention<Measured>(plan, q, kv, out, options);
 }
 
@@ -18,4 +18,4 @@ fovea::Status stored_cascade(const fovea::Operand& q, std::span<const fovea::Cas
   return fovea::cascade_attention<Measured>(q, levels, out, options);
 }
 
-}  // namespace fovea_bench
+}   // namespace fovea_bench

@@ -131,8 +131,8 @@ Case grid_case(index_t n) {
     } else if (c.kv_heads > 1 && random.one_in(3)) {
       c.q_heads /= c.kv_heads;
       c.kv_heads = 1;
-    } else if (c.macs() > most_macs && c.len_q != std::vector<index_t>(sequences, 1)) {
-      for (index_t& len : c.len_q) len = c.ragged ? std::min<index_t>(len, random.between(1, len + 1)) : len / 2 + (len == 1);
+    } else if (c.macs() > most_macs && *std::max_element(c.len_q.begin(), c.len_q.end()) > 1) {
+      for (index_t& len : c.len_q) len = (len + 1) / 2;
     } else if (random.one_in(2)) {
       index_t& len = c.len_k[at(random.below(static_cast<index_t>(sequences)))];
       len = random.between(0, len);
@@ -312,7 +312,12 @@ struct Staged {
   }
 };
 
-std::string check(const Case& c, double& worst) {
+// The worst elements seen, in budgets, where the rounding of the output does not hide them.
+struct Seen {
+  double f32_panels = 0, bf16_panels = 0;
+};
+
+std::string check(const Case& c, Seen& seen) {
   Staged x(c);
   Answer answer(c.out, x.total, c.q_heads, c.dim_v, c.gap);
   AttentionOptions options = x.options();
@@ -323,7 +328,10 @@ std::string check(const Case& c, double& worst) {
   if (!status.ok()) return status.message();
   if (!answer.out.gaps_intact()) return "wrote between the rows of out";
   const WorstOf found = worst_of(answer, x.expected());
-  worst = std::max(worst, found.budgets);
+  if (!is_narrow_format(c.out)) {
+    double& worst = c.panels == Panels::bf16 ? seen.bf16_panels : seen.f32_panels;
+    worst = std::max(worst, found.budgets);
+  }
   return found.budgets <= 1 ? "" : found.where;
 }
 
@@ -366,22 +374,23 @@ TEST_CASE("the grid of storage covers every pair of formats in every home and re
   CHECK(v_in_panels.size() == (fovea::kHasBf16Dot ? 12 + 10 : 12) * 3);
   CHECK(homes.size() == (fovea::kHasBf16Dot ? 2 : 1) * 3 * 2 * 3);
   CHECK(mixed > kCases / 5);
-  CHECK(v_in_k > 20);
+  CHECK(v_in_k > 10);
   CHECK(unequal > kCases / 4);
   CHECK(ragged_keys > 50);
 }
 
 TEST_CASE("attention over stored rows = the reference over what they mean", "[grid][storage]") {
   const index_t only = number("FOVEA_GRID_ONLY", -1), wanted = std::clamp<index_t>(number("FOVEA_GRID_CASES", kCases), 1, kCases);
-  double worst = 0;
+  Seen seen;
   for (index_t n = 0; n < wanted; ++n) {
     const index_t chosen = only >= 0 ? only : n * kCases / wanted;
     const Case c = grid_case(chosen);
     INFO("case " << chosen << ": " << describe(c));
-    CHECK(check(c, worst) == "");
-    if (only >= 0) break;
+    CHECK(check(c, seen) == "");
+    if (only >= 0) return;
   }
-  INFO("worst element: " << worst << " budgets");
-  // Roundings that cancel use less than the whole budget, a comparison with itself would use none of it.
-  CHECK(worst > 0.01);
+  // Roundings that cancel use less than the whole budget; a comparison of something with itself would use none of it.
+  INFO("worst elements: " << seen.f32_panels << " and " << seen.bf16_panels << " budgets");
+  CHECK(seen.f32_panels > 0.02);
+  CHECK((seen.bf16_panels > 0.1 || !fovea::kHasBf16Dot));
 }

@@ -9,8 +9,8 @@
 
 namespace fovea_baselines {
 
-// one_head(batch, q_head, scratch) for every head of q. The scratch memory belongs to a thread and is kept between calls, so that a
-// baseline is not charged for the allocator.
+// one_head(batch, q_head, scratch) for every head of q. The scratch memory belongs to a thread and is kept between calls, so
+// that a baseline is not charged for the allocator.
 template <class F>
 void deal_heads(const fovea::Executor& executor, const fovea::Tensor<const float>& q, const F& one_head) {
   const fovea::index_t heads = q.extent[1], tasks = q.extent[0] * heads;

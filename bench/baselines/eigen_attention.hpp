@@ -86,7 +86,8 @@ inline void eigen_attention(fovea::Tensor<const float> q, fovea::Tensor<const fl
                             fovea::Tensor<float> out, const fovea::AttentionOptions& options = {}) {
   const float scale = options.scale.value_or(1.f / std::sqrt(static_cast<float>(q.extent[3])));
   deal_heads(options.executor, q, [&](index_t batch, index_t q_head, std::vector<float>& scores) {
-    eigen_detail::one_head(q, k, v, out, batch, q_head, scale, VisibleKeys(options, batch, q.extent[2], k.extent[2]), scores);
+    const VisibleKeys visible(options, batch, q.extent[2], k.extent[2]);
+    eigen_detail::one_head(q, k, v, out, batch, q_head, scale, visible, scores);
   });
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The shapes of softmax attention over caches of 16, 8 and 4 bits: decode from memory, shared prefixes, latents, ragged mixes,
-// and prefill against its f32 twin.
+// The shapes of softmax attention over caches of 16, 8 and 4 bits: decode from memory, shared prefixes, latents, ragged
+// mixes, and prefill against its f32 twin.
 #include "support/stored_row.hpp"
 
 namespace fovea_bench {
@@ -71,8 +71,8 @@ class Table {
   std::vector<Group> groups_;
 };
 
-// bf16, f16 and the quantised formats in groups of their own, because the caches of a group are in memory together: 4 GiB with
-// batch 8.
+// bf16, f16 and the quantised formats in groups of their own, because the caches of a group are in memory together: 3.5 GB
+// with batch 8 of the quantised ones.
 void add_decode(Table& table) {
   for (const index_t sequences : {1, 8}) {
     for (const index_t kv_heads : {32, 8}) {
@@ -113,8 +113,8 @@ void add_decode(Table& table) {
   }
 }
 
-// 16 requests that begin with the same 8192 tokens and have 64 of their own; the same without sharing, every request with its
-// own copy of the prefix; and the part of the work that is shared, alone.
+// 16 requests that begin with the same 8192 tokens and have 64 of their own; the same without sharing, every request with
+// its own copy of the prefix; and the part of the work that is shared, alone.
 void add_cascade(Table& table) {
   constexpr index_t kRequests = 16, kPrefix = 8192, kOwn = 64;
   Group& group = table.group("cascade of 16 requests");
@@ -201,7 +201,7 @@ void add_prefill(Table& table) {
     Table::both_panels(in_format(row, format), [&](const StoredRow& added) { Table::add_one_thread(group, added); });
 }
 
-}  // namespace
+}   // namespace
 
 std::vector<Group> softmax_stored_groups(int max_threads) {
   Table table(max_threads);
@@ -213,4 +213,4 @@ std::vector<Group> softmax_stored_groups(int max_threads) {
   return table.take();
 }
 
-}  // namespace fovea_bench
+}   // namespace fovea_bench

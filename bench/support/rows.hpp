@@ -44,7 +44,7 @@ struct Row {
   int threads = 1;
   double flops = 0, bytes = 0;   // of one call
   Memory memory = Memory::cached;
-  bool bf16_limit = false;       // held against the peak of bf16 dot products as well
+  bool bf16_limit = false;   // held against the peak of bf16 dot products as well
   std::size_t input_floats = 0, output_floats = 0;
   std::function<std::unique_ptr<PreparedRow>(const RowMemory&)> prepare;
 };

@@ -28,11 +28,11 @@ enum class Place { contiguous, token_major, paged, ring };
 struct CacheShape {
   Format k_format = Format::bf16, v_format = Format::bf16;
   index_t sequences = 1, kv_heads = 8, dim_qk = 128, dim_v = 128;
-  index_t len = 0;                 // keys of a sequence, of the longest where `lengths` says more
-  std::vector<index_t> lengths{};  // [sequence], paged only
+  index_t len = 0;                  // keys of a sequence, of the longest where `lengths` says more
+  std::vector<index_t> lengths{};   // [sequence], paged only
   Place place = Place::contiguous;
   index_t page_size = 16;
-  bool latent = false;             // V is the head of K's rows
+  bool latent = false;   // V is the head of K's rows
 
   index_t len_of(index_t sequence) const { return lengths.empty() ? len : lengths[static_cast<std::size_t>(sequence)]; }
   index_t k_row() const { return fovea::row_bytes(k_format, dim_qk); }
@@ -77,7 +77,8 @@ inline const RowPattern& row_pattern(Format format, index_t dim, bool values) {
   }
   const float* const scale = pattern.channel_scale.empty() ? nullptr : pattern.channel_scale.data();
   pattern.rows.resize(static_cast<std::size_t>(rows * bytes));
-  if (const fovea::Status status = fovea::quantise(numbers, format, pattern.rows.data(), {0, 0, bytes}, scale); !status.ok()) {
+  if (const fovea::Status status = fovea::quantise(numbers, format, pattern.rows.data(), {0, 0, bytes}, scale);
+      !status.ok()) {
     std::fprintf(stderr, "fovea_bench: %s\n", status.message());
     std::exit(1);
   }
@@ -94,7 +95,8 @@ inline const RowPattern& row_pattern(Format format, index_t dim, bool values) {
 inline void fill_rows(const RowPattern& pattern, index_t bytes, std::byte* to, index_t rows) {
   for (index_t row = 0; row < rows; row += RowPattern::kPiece) {
     const index_t count = std::min(RowPattern::kPiece, rows - row);
-    std::memcpy(to + row * bytes, pattern.rows.data() + RowPattern::of(row) * bytes, static_cast<std::size_t>(count * bytes));
+    std::memcpy(to + row * bytes, pattern.rows.data() + RowPattern::of(row) * bytes,
+                static_cast<std::size_t>(count * bytes));
   }
 }
 
@@ -117,17 +119,21 @@ class StoredCache {
     if (memory == Memory::streamed) copies_ = (kStreamedBytes + rows_ * row - 1) / (rows_ * row);
     if (shape.k_format == Format::i8_channel) {
       const std::vector<float>& scale = keys().channel_scale;
-      for (index_t head = 0; head < shape.kv_heads; ++head) channel_scale_.insert(channel_scale_.end(), scale.begin(), scale.end());
+      for (index_t head = 0; head < shape.kv_heads; ++head)
+        channel_scale_.insert(channel_scale_.end(), scale.begin(), scale.end());
     }
     // V begins a few cache lines off, so that rows of K and V do not fight over the same cache sets. Homes of the same
     // number of rows share the bytes.
     const index_t all = copies_ * rows_, k_bytes = (all * shape.k_row() + 63) / 64 * 64 + 4160;
     const std::string name = std::string(fovea::name_of(shape.k_format)) + "/" + fovea::name_of(shape.v_format) + "/" +
                              std::to_string(shape.dim_qk) + "/" + std::to_string(shape.v_row()) + "/" + std::to_string(all);
-    k_ = buffers.get(name, static_cast<std::size_t>(k_bytes + all * shape.v_row()), [&](std::span<std::byte> bytes) {
-      fill_rows(keys(), shape.k_row(), bytes.data(), all);
-      if (!shape.latent) fill_rows(values(), shape.v_row(), bytes.data() + k_bytes, all);
-    }).data();
+    k_ = buffers
+             .get(name, static_cast<std::size_t>(k_bytes + all * shape.v_row()),
+                  [&](std::span<std::byte> bytes) {
+                    fill_rows(keys(), shape.k_row(), bytes.data(), all);
+                    if (!shape.latent) fill_rows(values(), shape.v_row(), bytes.data() + k_bytes, all);
+                  })
+             .data();
     v_ = shape.latent ? k_ : k_ + k_bytes;
   }
   StoredCache(const StoredCache&) = delete;
@@ -238,8 +244,8 @@ class StoredCache {
   index_t most_pages_ = 0;
   std::vector<std::int32_t> pages_, table_;   // table [sequence, most_pages]
   std::vector<index_t> ring_begin_;
-  std::vector<float> channel_scale_;          // [kv_head, dim_qk]
+  std::vector<float> channel_scale_;   // [kv_head, dim_qk]
   const std::byte *k_ = nullptr, *v_ = nullptr;
 };
 
-}  // namespace fovea_bench
+}   // namespace fovea_bench

@@ -8,9 +8,9 @@
 
 namespace fovea_bench {
 
-fovea::Status stored_attention(const fovea::Plan& plan, const fovea::Operand& q, const fovea::Kv& kv, const fovea::Result& out,
-                               const fovea::AttentionOptions& options);
+fovea::Status stored_attention(const fovea::Plan& plan, const fovea::Operand& q, const fovea::Kv& kv,
+                               const fovea::Result& out, const fovea::AttentionOptions& options);
 fovea::Status stored_cascade(const fovea::Operand& q, std::span<const fovea::CascadeLevel> levels, const fovea::Result& out,
                              const fovea::AttentionOptions& options);
 
-}  // namespace fovea_bench
+}   // namespace fovea_bench

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A row of attention over stored K and V: any format, any home, batches, ragged mixes and cascades. Queries and outputs are
-// bf16 (f32 where the cache is).
+// bf16 (f32 where the cache is); queries and keys begin with the same random numbers, so some weights stand out.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -24,11 +24,11 @@ struct StoredRow {
   CacheShape cache{};
   index_t q_heads = 32;
   index_t len_q = 1;
-  std::vector<index_t> lens_q{};   // [sequence]  ragged queries instead of len_q each
-  std::string q_name{}, kv_name{}; // where one number does not say it
-  index_t shared_keys = 0;         // a prefix of so many keys for all sequences together: cascade
-  index_t alone = 0;               // so many sequences in a call of their own, the others in a second one; 0: one call
-  bool causal = false;             // bottom_right
+  std::vector<index_t> lens_q{};     // [sequence]  ragged queries instead of len_q each
+  std::string q_name{}, kv_name{};   // where one number does not say it
+  index_t shared_keys = 0;           // a prefix of so many keys for all sequences together: cascade
+  index_t alone = 0;                 // so many sequences in a call of their own, the others in a second one; 0: one call
+  bool causal = false;               // bottom_right
   Memory memory = Memory::cached;
   bool bf16_limit = false;
   unsigned suites = kDecode;
@@ -37,9 +37,7 @@ struct StoredRow {
   fovea::Regime forced = fovea::Regime::automatic;
   int threads = 1;
 
-  index_t queries_of(index_t sequence) const {
-    return lens_q.empty() ? len_q : lens_q[static_cast<std::size_t>(sequence)];
-  }
+  index_t queries_of(index_t sequence) const { return lens_q.empty() ? len_q : lens_q[static_cast<std::size_t>(sequence)]; }
   index_t all_queries() const {
     index_t sum = 0;
     for (index_t sequence = 0; sequence < cache.sequences; ++sequence) sum += queries_of(sequence);
@@ -182,9 +180,10 @@ class PreparedStored final : public PreparedRow {
       return;
     }
     const auto count = static_cast<std::size_t>(heads * all * dim);
-    const std::span<std::byte> bytes = memory.buffers->get("q/" + std::to_string(count), 2 * count, [&](std::span<std::byte> to) {
-      fovea::quantise_row(Format::bf16, numbers, 1, static_cast<index_t>(count), nullptr, to.data());
-    });
+    const std::span<std::byte> bytes =
+        memory.buffers->get("q/" + std::to_string(count), 2 * count, [&](std::span<std::byte> to) {
+          fovea::quantise_row(Format::bf16, numbers, 1, static_cast<index_t>(count), nullptr, to.data());
+        });
     q_stored_ = at(reinterpret_cast<const fovea::bf16*>(bytes.data()), dim);
     q_ = q_stored_;
     out_ = at(reinterpret_cast<fovea::bf16*>(memory.outputs.data()), row_.cache.dim_v);
@@ -248,8 +247,9 @@ class PreparedStored final : public PreparedRow {
 
   double output(const SampledOutputs::Place& place, index_t d) const {
     const auto [batch, query] = entry_of(place);
-    const std::byte* const number = out_.data + (batch * out_.stride[0] + place.head * out_.stride[1] + query * out_.stride[2] + d) *
-                                                    fovea::row_bytes(out_.format, 1);
+    const std::byte* const number =
+        out_.data + (batch * out_.stride[0] + place.head * out_.stride[1] + query * out_.stride[2] + d) *
+                        fovea::row_bytes(out_.format, 1);
     return fovea::reference::stored_value(out_.format, number, 1, 0);
   }
 
@@ -264,9 +264,9 @@ class PreparedStored final : public PreparedRow {
   void compute(SampledOutputs& outputs) const {
     const CacheShape& shape = row_.cache;
     const index_t tokens = begins_.back(), group = row_.q_heads / shape.kv_heads;
-    // About a second for a problem.
-    const index_t samples = std::min(std::clamp<index_t>((index_t{1} << 20) / (shape.len + row_.shared_keys), 16, 64),
-                                     row_.q_heads * tokens);
+    // Fewer of long caches: a quarter of a second for a problem.
+    const index_t samples =
+        std::min(std::clamp<index_t>((index_t{1} << 18) / (shape.len + row_.shared_keys), 8, 64), row_.q_heads * tokens);
     std::vector<float> k, v, q(static_cast<std::size_t>(shape.dim_qk));
     outputs.values.resize(static_cast<std::size_t>(samples * shape.dim_v));
     for (index_t sample = 0; sample < samples; ++sample) {
@@ -291,7 +291,8 @@ class PreparedStored final : public PreparedRow {
       const auto [batch, query] = entry_of(place);
       for (index_t d = 0; d < shape.dim_qk; ++d) {
         float& number = q[static_cast<std::size_t>(d)];
-        number = q_stored_ ? fovea::convert<float>(q_stored_(batch, place.head, query, d)) : q_numbers_(batch, place.head, query, d);
+        number = q_stored_ ? fovea::convert<float>(q_stored_(batch, place.head, query, d))
+                           : q_numbers_(batch, place.head, query, d);
       }
       const auto keys = static_cast<index_t>(k.size()) / shape.dim_qk;
       fovea::reference::softmax(fovea::bhsd<const float>(q.data(), 1, 1, 1, shape.dim_qk),
@@ -330,11 +331,12 @@ inline Row make_row(const StoredRow& stored) {
   row.bf16_limit = stored.bf16_limit;
   const index_t rows = stored.q_heads * stored.all_queries();
   row.input_floats = static_cast<std::size_t>(rows * stored.cache.dim_qk);
-  row.output_floats = static_cast<std::size_t>(rows * stored.cache.dim_v * fovea::row_bytes(stored.plain_format(), 1) + 3) / 4;
+  row.output_floats =
+      static_cast<std::size_t>(rows * stored.cache.dim_v * fovea::row_bytes(stored.plain_format(), 1) + 3) / 4;
   row.prepare = [stored](const RowMemory& memory) -> std::unique_ptr<PreparedRow> {
     return std::make_unique<PreparedStored>(stored, memory);
   };
   return row;
 }
 
-}  // namespace fovea_bench
+}   // namespace fovea_bench

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <random>
 
 #include "../../bench/baselines/eigen_attention.hpp"
@@ -82,7 +83,7 @@ bool compare_model(const Model& model, fovea::Executor executor) {
           const auto last = engine.forward(text);
           if (last.value) logits[which].assign(last.value->begin(), last.value->end());
         });
-        engine.rewind(before);
+        if (!engine.rewind(before).ok()) return false;
         run(decode[which], [&] {
           for (Index at = before; at < context; ++at) engine.forward(text.subspan(static_cast<std::size_t>(at), 1));
         });
@@ -113,8 +114,9 @@ bool compare_attention(fovea::Executor executor) {
     return values;
   };
   const std::vector<float> k_data = random(kv_heads * len_k * dim), v_data = random(kv_heads * len_k * dim);
-  const auto k = fovea::bhsd(k_data.data(), 1, kv_heads, len_k, dim),
-             v = fovea::bhsd(v_data.data(), 1, kv_heads, len_k, dim);
+  const fovea::Kv kv = fovea::dense_kv(fovea::bhsd(k_data.data(), 1, kv_heads, len_k, dim),
+                                       fovea::bhsd(v_data.data(), 1, kv_heads, len_k, dim));
+  const std::array<Index, 1> keys{len_k};
 
   std::printf("One attention call: %tdx%td heads, head_dim %td, %td keys, causal, %d thread(s). Milliseconds per call.\n",
               heads, kv_heads, dim, len_k, executor.lanes());
@@ -137,7 +139,7 @@ bool compare_attention(fovea::Executor executor) {
         if (run > 0 && spent > 2) break;   // the scalar prefill takes seconds, and once is enough
         const double once = seconds_of([&] {
           const fovea::Status status =
-              attention(0, q, k, v, out, {.causal = fovea::Causal::bottom_right, .executor = executor});
+              attention(0, q, kv, out, {.causal = fovea::Causal::bottom_right, .len_k = keys, .executor = executor});
           agree = agree && status.ok();
         });
         seconds[which] = std::min(seconds[which], once);
@@ -155,14 +157,61 @@ bool compare_attention(fovea::Executor executor) {
   return agree;
 }
 
+// What a storage format saves and what it costs in time, decoding at the end of the context.
+bool compare_formats(const Model& model, fovea::Executor executor) {
+  const Index context = model.config.context, steps = std::min<Index>(16, context / 2);
+  const std::vector<Token> tokens(static_cast<std::size_t>(context), Token{0});
+  const std::array<const char*, 4> formats{"f32", "bf16", "int8", "int4"};
+  std::array<Best, formats.size()> decode;
+  std::vector<std::unique_ptr<Engine>> engines;
+  for (const char* name : formats) {
+    const KvOptions kv{.format = *format_named(name)};
+    engines.push_back(std::make_unique<Engine>(model, fovea_attention(), executor, kv));
+    if (!engines.back()->forward(tokens)) return false;
+  }
+  for (int round = 0; round < 40; ++round) {
+    for (std::size_t which = 0; which < formats.size(); ++which) {
+      Engine& engine = *engines[which];
+      if (!engine.rewind(context - steps).ok()) return false;
+      const double attention = engine.attention_seconds();
+      const double whole = seconds_of([&] {
+        for (Index step = 0; step < steps; ++step) engine.forward(std::span(tokens).first(1));
+      });
+      decode[which].add(whole, engine.attention_seconds() - attention);
+    }
+  }
+  std::printf("The KV cache, bytes per token and tokens/s of decode at %td keys:", context);
+  for (std::size_t which = 0; which < formats.size(); ++which) {
+    std::printf("%s %s %td, %.0f", which == 0 ? "" : ";", formats[which], engines[which]->cache().bytes_per_token(),
+                decode[which].of(steps).whole);
+  }
+  std::printf("\n\n");
+  return true;
+}
+
+// An fp32 cache in one piece as the tensors that the baselines take.
+std::optional<fovea::Tensor<const float>> dense(const fovea::Kv& kv, const fovea::Stored& stored, Index dim, Index len) {
+  if (kv.home != fovea::Home::contiguous || kv.exact != nullptr || stored.format != fovea::Format::f32) return std::nullopt;
+  constexpr Index number = sizeof(float);
+  return fovea::Tensor<const float>{
+      reinterpret_cast<const float*>(stored.data),
+      {kv.batch, kv.kv_heads, len, dim},
+      {stored.stride[0] / number, stored.stride[1] / number, stored.stride[2] / number, 1}};
+}
+
 }   // namespace
 
 std::optional<Attention> attention_named(const std::string& name) {
   if (name == "fovea") return fovea_attention();
   const auto wrap = [](auto baseline) -> Attention {
-    return [baseline](Index, fovea::Tensor<const float> q, fovea::Tensor<const float> k, fovea::Tensor<const float> v,
-                      fovea::Tensor<float> out, const fovea::AttentionOptions& options) {
-      baseline(q, k, v, out, options);
+    return [baseline](Index, fovea::Tensor<const float> q, const fovea::Kv& kv, fovea::Tensor<float> out,
+                      const fovea::AttentionOptions& options) {
+      const auto k = dense(kv, kv.k, kv.dim_qk, options.len_k[0]), v = dense(kv, kv.v, kv.dim_v, options.len_k[0]);
+      if (!k || !v) {
+        return fovea::Status::error(fovea::Code::unsupported, "the baselines read f32 in one piece, the cache holds %s",
+                                    fovea::name_of(kv.k.format));
+      }
+      baseline(q, *k, *v, out, options);
       return fovea::Status();
     };
   };
@@ -173,8 +222,9 @@ std::optional<Attention> attention_named(const std::string& name) {
 
 int compare(const Model& model, fovea::Executor executor) {
   const bool model_agrees = compare_model(model, executor);
+  const bool formats_ran = compare_formats(model, executor);
   const bool attention_agrees = compare_attention(executor);
-  return model_agrees && attention_agrees ? 0 : 1;
+  return model_agrees && formats_ran && attention_agrees ? 0 : 1;
 }
 
 }   // namespace generate

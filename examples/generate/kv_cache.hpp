@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The engine's KV cache: a container of fovea/cache per layer, rows in any storage format. Keys are rotated and encoded on
-// their way in, so that nobody keeps an fp32 copy of them.
+// The engine's KV cache: a container of fovea/cache per layer, its rows in any storage format.
 #pragma once
 #include <algorithm>
 #include <array>
+#include <fovea/cache/append.hpp>
 #include <fovea/cache/contiguous_cache.hpp>
 #include <fovea/cache/mixed_cache.hpp>
 #include <fovea/cache/paged_cache.hpp>
 #include <fovea/cache/ring_cache.hpp>
 #include <fovea/engine/parts/rope.hpp>
-#include <fovea/simd/quantise.hpp>
+#include <optional>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -27,6 +28,12 @@ inline constexpr std::array<std::pair<const char*, fovea::Format>, 6> kv_formats
                                                                                   {"int8", fovea::Format::i8_token},
                                                                                   {"int4", fovea::Format::i4_g32},
                                                                                   {"fp8", fovea::Format::e4m3}}};
+inline std::optional<fovea::Format> format_named(std::string_view name) {
+  for (const auto& [known, format] : kv_formats) {
+    if (name == known) return format;
+  }
+  return std::nullopt;
+}
 using KvFormats = fovea::Formats<fovea::Format::f32, fovea::Format::bf16, fovea::Format::f16, fovea::Format::i8_token,
                                  fovea::Format::i4_g32, fovea::Format::e4m3>;
 
@@ -119,19 +126,9 @@ class KvCache {
   // Tokens from `position` on: k not rotated, `table` has their positions. [1, kv_head, pos, dim]
   fovea::Status append(Index layer, Index position, fovea::Tensor<const float> k, fovea::Tensor<const float> v,
                        const fovea::RopeTable& table) {
-    const auto write_as = [&](fovea::Format format) {
-      return [this, format, position, k, v, &table](Index token, Index kv_head, std::byte* k_row, std::byte* v_row) {
-        write_key(format, &k(0, kv_head, token, 0), table, position + token, k_row);
-        fovea::quantise_row(format, &v(0, kv_head, token, 0), 1, c_.head_dim, nullptr, v_row);
-      };
-    };
-    const auto append_to = [&](auto& layers) -> fovea::Status {
-      auto& cache = layers[static_cast<std::size_t>(layer)];
-      if constexpr (std::is_same_v<decltype(cache), fovea::MixedCache&>) {
-        return cache.append(0, k.extent[2], write_as(fovea::Format::bf16), write_as(options_.format));
-      } else {
-        return cache.append(0, k.extent[2], write_as(options_.format));
-      }
+    const auto append_to = [&](auto& layers) {
+      return fovea::append_tokens(layers[static_cast<std::size_t>(layer)], 0, k, v,
+                                  {.table = &table, .layout = fovea::RopeLayout::half_split, .position = position});
     };
     if (fovea::Status status = std::visit(append_to, layers_); !status.ok()) return status;
     if (!endless()) return {};
@@ -194,12 +191,6 @@ class KvCache {
     }
   }
 
-  void write_key(fovea::Format format, const float* key, const fovea::RopeTable& table, Index position, std::byte* row) {
-    fovea::rotate_row<fovea::RopeLayout::half_split>(key, row_.data(), table.cos_at(position), table.sin_at(position),
-                                                     table.pairs, c_.head_dim);
-    fovea::quantise_row(format, row_.data(), 1, c_.head_dim, nullptr, row);
-  }
-
   // StreamingLLM counts positions by cache slots: sink i has position i, and every other token moves one slot down whenever
   // one is dropped. Scores depend on distances only, so the sinks may move up instead: keys and queries keep the position
   // they have in the text, and sink i stands at i + (tokens dropped so far). Rotated from the original each time, because
@@ -210,10 +201,13 @@ class KvCache {
     Index& turned = turned_[static_cast<std::size_t>(layer)];
     if (dropped == turned || sinks == 0) return {};
     if (fovea::Status status = sink_rope_.move_to(dropped, sinks); !status.ok()) return status;
+    const fovea::RopeTable& table = sink_rope_.table();
     for (Index kv_head = 0; kv_head < c_.kv_heads; ++kv_head) {
       for (Index sink = 0; sink < sinks; ++sink) {
-        write_key(options_.format, unrotated_sink(layer, kv_head, sink), sink_rope_.table(), sink + dropped,
-                  cache.writable_k_row(0, kv_head, sink));
+        fovea::rotate_row<fovea::RopeLayout::half_split>(unrotated_sink(layer, kv_head, sink), row_.data(),
+                                                         table.cos_at(sink + dropped), table.sin_at(sink + dropped),
+                                                         table.pairs, c_.head_dim);
+        fovea::quantise_row(options_.format, row_.data(), 1, c_.head_dim, nullptr, cache.writable_k_row(0, kv_head, sink));
       }
     }
     turned = dropped;
@@ -230,7 +224,7 @@ class KvCache {
   std::variant<std::vector<fovea::ContiguousCache>, std::vector<fovea::PagedCache>, std::vector<fovea::RingCache>,
                std::vector<fovea::MixedCache>>
       layers_;
-  std::vector<float> row_;               // [head_dim]  a rotated key on its way into the cache
+  std::vector<float> row_;               // [head_dim]  a rotated sink on its way into the cache
   std::vector<float> unrotated_sinks_;   // [layer, kv_head, sink, head_dim]  with a ring only
   std::vector<Index> turned_;            // [layer]  tokens dropped when its sinks were rotated last
   Rope sink_rope_;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // generate --model DIR --prompt TEXT: a language model writes on.
 // generate --model DIR --compare: its speed with fovea, with the Eigen baseline and with scalar loops.
+// generate --model DIR --perplexity held-out: what each format of the KV cache costs.
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <fovea/adapters/std_threads.hpp>
@@ -8,6 +9,7 @@
 #include <thread>
 
 #include "compare.hpp"
+#include "perplexity.hpp"
 #include "sampler.hpp"
 #include "tokenizer.hpp"
 
@@ -22,7 +24,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 int write_on(const generate::Model& model, const generate::Tokenizer& tokenizer, generate::Engine& engine,
              const generate::SamplerOptions& sampling, const std::string& prompt, Index count) {
   const std::vector<Token> tokens = tokenizer.encode(prompt);
-  if (static_cast<Index>(tokens.size()) >= model.config.context) {
+  if (static_cast<Index>(tokens.size()) >= engine.room()) {
     std::fprintf(stderr, "the prompt has %zu tokens, the model's context is %td\n", tokens.size(), model.config.context);
     return 1;
   }
@@ -57,17 +59,48 @@ int write_on(const generate::Model& model, const generate::Tokenizer& tokenizer,
                "prefill: %zu tokens, %.0f tokens/s; decode: %td tokens, %.0f tokens/s; attention took %.0f %% of the time\n",
                tokens.size(), static_cast<double>(tokens.size()) / (prefilled - start), written,
                static_cast<double>(steps) / (done - prefilled), 100 * engine.attention_seconds() / (done - start));
+  std::fprintf(stderr, "KV cache (%s): %td bytes per token, %.2f MB in all\n",
+               generate::describe(engine.cache().options()).c_str(), engine.cache().bytes_per_token(),
+               static_cast<double>(engine.cache().bytes()) * 1e-6);
   if (written < count) std::fprintf(stderr, "stopped at the model's context of %td tokens\n", model.config.context);
+  return 0;
+}
+
+// One row per format: all of them from the same home, against fp32 from there. A mixed cache has bf16 at its ends: the wider
+// formats make no sense between them, and its cost is told against fp32 throughout.
+int print_perplexity(const generate::Model& model, const generate::Tokenizer& tokenizer, const std::string& text,
+                     const generate::KvOptions& chosen, fovea::Executor executor) {
+  std::printf("%-28s %15s %14s %12s %9s\n", "KV cache", "bytes per token", "nats per byte", "perplexity", "change");
+  double exact = 0;
+  for (const auto& [name, format] : generate::kv_formats) {
+    generate::KvOptions kv = chosen;
+    kv.format = format;
+    if (kv.home == generate::KvHome::mixed && fovea::is_plain(format)) {
+      if (format != fovea::Format::f32) continue;
+      kv.home = generate::KvHome::contiguous;
+    }
+    generate::Engine engine(model, generate::fovea_attention(), executor, kv);
+    auto loss = generate::loss_of(engine, model, tokenizer, text);
+    if (!loss) {
+      std::fprintf(stderr, "%s: %s\n", name, loss.error.c_str());
+      return 1;
+    }
+    if (format == fovea::Format::f32) exact = loss->perplexity();
+    std::printf("%-28s %15td %14.5f %12.4f %+7.3f %%\n", generate::describe(kv).c_str(), engine.cache().bytes_per_token(),
+                loss->per_byte(), loss->perplexity(), 100 * (loss->perplexity() / exact - 1));
+    std::fflush(stdout);
+  }
   return 0;
 }
 
 }   // namespace
 
 int main(int argc, char** argv) {
-  std::string directory, prompt = "In the beginning", attention = "fovea";
+  std::string directory, prompt = "In the beginning", attention = "fovea", format = "f32", evaluated;
   Index count = 100;
   int threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  bool compare = false;
+  bool compare = false, mixed = false;
+  generate::KvOptions kv;
   generate::SamplerOptions sampling;
 
   CLI::App app("Text from a small Llama, with fovea's attention");
@@ -84,8 +117,30 @@ int main(int argc, char** argv) {
   app.add_option("--seed", sampling.seed, "same seed, same text");
   app.add_option("--attention", attention, "who computes attention")->check(CLI::IsMember({"fovea", "eigen", "scalar"}));
   app.add_option("--threads", threads, "threads, the calling one included")->check(CLI::Range(1, 1024));
+  std::vector<std::string> formats;
+  for (const auto& named : generate::kv_formats) formats.emplace_back(named.first);
+  app.add_option("--kv", format, "how the KV cache stores K and V")->check(CLI::IsMember(formats));
+  CLI::Option* const paged = app.add_flag("--paged{16}", kv.page_size, "keep the KV cache in pages: --paged or --paged=SIZE");
+  CLI::Option* const window =
+      app.add_option("--window", kv.window, "keep only so many of the last tokens and the first, and write without end")
+          ->check(CLI::Range(Index{1}, Index{1} << 20));
+  CLI::Option* const sinks = app.add_option("--sink", kv.sinks, "first tokens to keep, with --window or --mixed, else 4")
+                                 ->check(CLI::Range(Index{0}, Index{1} << 20));
+  app.add_flag("--mixed", mixed, "the first 4 and the last 64 tokens in bf16, the others in --kv")->excludes(paged);
+  paged->excludes(window);
+  app.add_option("--perplexity", evaluated,
+                 "print what each format costs on a text file, or on the model's own held-out text: held-out");
   app.add_flag("--compare", compare, "print speeds instead of text");
   CLI11_PARSE(app, argc, argv);
+  kv.format = *generate::format_named(format);
+  kv.home = mixed             ? generate::KvHome::mixed
+            : window->count() ? generate::KvHome::ring
+            : paged->count()  ? generate::KvHome::paged
+                              : generate::KvHome::contiguous;
+  if (sinks->count() && !mixed && !window->count()) {
+    std::fprintf(stderr, "--sink needs --window or --mixed\n");
+    return 1;
+  }
 
   auto model = generate::load_model(directory);
   if (!model) {
@@ -105,6 +160,17 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "the tokenizer has %zu tokens, the model %td\n", tokenizer->size(), model->config.vocab);
     return 1;
   }
-  generate::Engine engine(*model, *generate::attention_named(attention), executor);
+  if (!evaluated.empty()) {
+    std::filesystem::path path(evaluated);
+    if (evaluated == "held-out") path = std::filesystem::path(directory) / "held_out.txt";
+    auto bytes = generate::read_file(path);
+    if (!bytes) {
+      std::fprintf(stderr, "%s\n", bytes.error.c_str());
+      return 1;
+    }
+    const std::string text(reinterpret_cast<const char*>(bytes->data()), bytes->size());
+    return print_perplexity(*model, *tokenizer, text, kv, executor);
+  }
+  generate::Engine engine(*model, *generate::attention_named(attention), executor, kv);
   return write_on(*model, *tokenizer, engine, sampling, prompt, count);
 }

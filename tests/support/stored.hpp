@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "all_formats.hpp"
+#include "catch_compat.hpp"
 #include "fovea/reference/stored.hpp"
 #include "fovea/simd/quantise.hpp"
 #include "random.hpp"
@@ -258,6 +259,7 @@ struct Lodging {
   std::uint64_t seed = 1;       // order of pages, turn of rings
   std::byte fill = kPoison;     // of everything that is no row in use
   std::int32_t behind = 2147480000;   // table entries behind the last page in use
+  index_t columns_behind = 2;         // how many of them a row of the block table has at least
 };
 
 inline std::string describe(const Lodging& l) {
@@ -406,7 +408,8 @@ class Housed {
       }
       width = std::max(width, static_cast<index_t>(pages.back().size()));
     }
-    width += 2;
+    width += how_.columns_behind;
+    table.reserve(1);   // a table without entries is a table, not null
     batch_ = used + how_.spare;
     std::vector<std::int32_t> order(at(batch_));
     std::iota(order.begin(), order.end(), 0);
@@ -414,7 +417,7 @@ class Housed {
     page_begin.push_back(0);
     for (const auto& list : pages) {
       for (const std::int32_t page : list) table.push_back(order[at(page)]);
-      const index_t fillers = how_.csr ? random.below(3) : width - static_cast<index_t>(list.size());
+      const index_t fillers = how_.csr ? random.below(how_.columns_behind + 1) : width - static_cast<index_t>(list.size());
       table.insert(table.end(), at(fillers), how_.behind);
       page_begin.push_back(static_cast<index_t>(table.size()));
     }
@@ -445,11 +448,71 @@ class Housed {
   }
 };
 
+// ---- calls ----
+
+// K and V of some sequences, all tokens one after the other.
+struct Keys {
+  Rows k, v;
+  std::vector<index_t> len;
+
+  Keys(std::uint64_t seed, Format k_format, Format v_format, index_t heads, index_t dim_qk, index_t dim_v,
+       const std::vector<index_t>& len_)
+      : Keys(k_format, v_format, heads, dim_qk, dim_v, len_,
+             random_numbers(seed, cumulative(len_).back() * heads * dim_qk),
+             random_numbers(seed + 1, cumulative(len_).back() * heads * dim_v)) {}
+  Keys(Format k_format, Format v_format, index_t heads, index_t dim_qk, index_t dim_v, const std::vector<index_t>& len_,
+       const std::vector<float>& k_numbers, const std::vector<float>& v_numbers)
+      : k(k_format, heads, dim_qk, k_numbers), v(v_format, heads, dim_v, v_numbers, false), len(len_) {}
+};
+
+inline Tokens random_queries(std::uint64_t seed, index_t tokens, index_t heads, index_t dim, Format format = Format::f32) {
+  Tokens q(format, tokens, heads, dim);
+  q.fill(random_numbers(seed, tokens * heads * dim));
+  return q;
+}
+
+inline Answer attend_stored(Tokens& q, const Kv& kv, AttentionOptions options, index_t batch = 1, Format out = Format::f32) {
+  Answer answer(out, q.tokens, q.heads, kv.dim_v);
+  options.lse = answer.lse_view(batch);
+  const fovea::Status status = attend_all(q.operand(batch), kv, answer.out.result(batch), options);
+  INFO(status.message());
+  REQUIRE(status.ok());
+  return answer;
+}
+
+// What equal bits are promised in: a regime, with panels where it packs.
+struct Way {
+  Regime regime;
+  Panels panels;
+};
+inline std::vector<Way> ways(Format k, Format v) {
+  std::vector<Way> all{{Regime::prefill, Panels::f32}, {Regime::decode, Panels::f32}, {Regime::wide_decode, Panels::f32}};
+  const auto narrow = [](Format format) { return format != Format::f32 && format != Format::f64; };
+  if (fovea::kHasBf16Dot && narrow(k) && narrow(v)) {
+    for (const Regime regime : {Regime::prefill, Regime::wide_decode}) all.push_back({regime, Panels::bf16});
+  }
+  return all;
+}
+inline std::string describe(const Way& way) {
+  return std::string(regime_name(way.regime)) + (way.panels == Panels::bf16 ? ", bf16 panels" : ", f32 panels");
+}
+
+// One pair of each kind of format.
+struct FormatPair {
+  Format k, v;
+};
+inline constexpr FormatPair kFormatPairs[] = {{Format::f32, Format::f32},           {Format::bf16, Format::bf16},
+                                              {Format::f16, Format::f64},           {Format::i8_token, Format::i8_token},
+                                              {Format::i8_channel, Format::bf16},   {Format::i4_g32, Format::i4_g64_zero},
+                                              {Format::i4_g32_zero, Format::e5m2},  {Format::e4m3, Format::e4m3}};
+inline std::string describe(const FormatPair& pair) {
+  return std::string("K ") + name_of(pair.k) + ", V " + name_of(pair.v);
+}
+
 // ---- what must come out ----
 
 // Unit roundoff of bf16: 8 significant bits.
 inline constexpr double kUnitBf16 = 0x1p-8;
-inline constexpr index_t kDecodeRowsOfTests = 16;   // automatic: so many rows of a kv head read K and V in place
 
 // Which of q, k and v bf16 panels have to round: what is stored as bf16 goes through unchanged, unless scales per channel are
 // multiplied into the query.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stored numbers -> f32 lanes. All exact: fp32 holds every value of the 16- and 8-bit formats (f64 is rounded to nearest even).
-// Signalling NaNs may come out quiet. `load_x` reads kLanes numbers, `load_x_some` reads `count` and gives zeros behind.
+// Stored numbers -> f32 lanes. All exact: fp32 holds every value of the 16- and 8-bit formats (f64 is rounded to nearest
+// even). Signalling NaNs may come out quiet. `load_x` reads kLanes numbers, `load_x_some` reads `count` and gives zeros behind.
 #pragma once
 #include <cstring>
 
@@ -33,8 +33,8 @@ FOVEA_INLINE f32 load_i8_some(const std::byte* from, index_t count) { return to_
 FOVEA_INLINE f32 load_bf16(const std::byte* from) { return as_float(widen_u16(from) << 16); }
 FOVEA_INLINE f32 load_bf16_some(const std::byte* from, index_t count) { return as_float(widen_u16_some(from, count) << 16); }
 
-// 1 sign, 4 exponent, 3 mantissa bits, bias 7; 0x7f and 0xff are NaN, there is no infinity. Denormals go through integers here
-// and below: as the operand of a multiplication they cost some 150 cycles on x86 and are 0 on processors set that way.
+// 1 sign, 4 exponent, 3 mantissa bits, bias 7; 0x7f and 0xff are NaN, there is no infinity. Denormals go through integers
+// here and below: as the operand of a multiplication they cost some 150 cycles on x86 and are 0 on processors set that way.
 FOVEA_INLINE f32 e4m3_bits_to_float(i32 number) {
   const i32 magnitude = number & i32(0x7f), sign = (number & i32(0x80)) << 24;
   const i32 normal = (magnitude << 20) + i32((127 - 7) << 23);
@@ -43,7 +43,9 @@ FOVEA_INLINE f32 e4m3_bits_to_float(i32 number) {
   return select(as_keep(sign < i32(0)), -value, value);
 }
 FOVEA_INLINE f32 load_e4m3(const std::byte* from) { return e4m3_bits_to_float(widen_u8(from)); }
-FOVEA_INLINE f32 load_e4m3_some(const std::byte* from, index_t count) { return e4m3_bits_to_float(widen_u8_some(from, count)); }
+FOVEA_INLINE f32 load_e4m3_some(const std::byte* from, index_t count) {
+  return e4m3_bits_to_float(widen_u8_some(from, count));
+}
 
 #if !(defined(__AVX2__) && defined(__FMA__) && defined(__F16C__))
 // IEEE half in the low 16 bits of each lane.
@@ -56,7 +58,9 @@ FOVEA_INLINE f32 f16_bits_to_float(i32 half) {
   return select(as_keep(sign < i32(0)), -value, value);
 }
 FOVEA_INLINE f32 load_f16(const std::byte* from) { return f16_bits_to_float(widen_u16(from)); }
-FOVEA_INLINE f32 load_f16_some(const std::byte* from, index_t count) { return f16_bits_to_float(widen_u16_some(from, count)); }
+FOVEA_INLINE f32 load_f16_some(const std::byte* from, index_t count) {
+  return f16_bits_to_float(widen_u16_some(from, count));
+}
 FOVEA_INLINE f32 load_e5m2(const std::byte* from) { return f16_bits_to_float(widen_u8(from) << 8); }   // a half's upper byte
 FOVEA_INLINE f32 load_e5m2_some(const std::byte* from, index_t count) {
   return f16_bits_to_float(widen_u8_some(from, count) << 8);
@@ -80,13 +84,11 @@ FOVEA_INLINE i32 nibble_bytes(const std::byte* codes, index_t d) {
 
 // What the 16 nibbles stand for is value(n) = n * scale + zero, or (n - 8) * scale.
 #if defined(__AVX512F__)
-// All 16 values are one vector, and vpermps looks them up by the lowest four bits of each lane: no mask, no conversion, and the
-// scale costs one multiplication per group instead of one per 16 numbers.
+// All 16 values are one vector, and vpermps looks them up by the lowest four bits of each lane: no mask, no conversion, and
+// the scale costs one multiplication per group instead of one per 16 numbers.
 struct NibbleValues {
   f32 table;
-  FOVEA_INLINE static NibbleValues with_zero(f32 scale, f32 zero) {
-    return {fma(counted_from(0.f), scale, zero)};
-  }
+  FOVEA_INLINE static NibbleValues with_zero(f32 scale, f32 zero) { return {fma(counted_from(0.f), scale, zero)}; }
   FOVEA_INLINE static NibbleValues symmetric(f32 scale) { return {counted_from(-8.f) * scale}; }
   FOVEA_INLINE f32 operator()(i32 bytes) const { return lookup16(table, bytes); }
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stored rows -> the order the prefill kernels read. A Codec turns stored numbers into a vector (engine/policies.hpp); where a
-// row has one scale, every number is multiplied here, once per tile and not once per query.
+// Stored rows -> the order the prefill kernels read. A Codec turns stored numbers into a vector (engine/policies.hpp); where
+// a row has one scale, every number is multiplied here, once per tile and not once per query.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -22,8 +22,8 @@ template <class Codec>
 inline constexpr int kLineVectors = static_cast<int>(std::clamp<index_t>(kLineBytes / Codec::offset(kLanes), 1, 4));
 
 // A codec may decode several vectors of a row cheaper than one by one: Codec::Chunk<Vectors>{row, d, dim} looks at numbers
-// d .. d + Vectors * kLanes - 1 (d is a multiple of their count), plain() says whether it can, pair(n, to) gives vectors n and
-// n + 1. kChunkVectors is the widest chunk that pays.
+// d .. d + Vectors * kLanes - 1 (d is a multiple of their count), plain() says whether it can, pair(n, to) gives the vectors
+// n and n + 1. kChunkVectors is the widest chunk that pays.
 template <class Codec>
 concept HasChunks = requires {
   Codec::kChunkVectors;
@@ -92,12 +92,13 @@ FOVEA_INLINE void score_block(const Codec& codec, const float* q, index_t q_stri
       using Chunk = typename Codec::template Chunk<Vectors>;
       for (; d + Vectors * kLanes <= dim; d += Vectors * kLanes) {
         prefetch_keys(d, vectors);
-        const Chunk chunks[kStreamKeys] = {{key + offset[0], d, dim},
-                                           {key + offset[1], d, dim},
-                                           {key + offset[2], d, dim},
-                                           {key + offset[3], d, dim}};
+        const Chunk chunks[kStreamKeys] = {
+            {key + offset[0], d, dim}, {key + offset[1], d, dim}, {key + offset[2], d, dim}, {key + offset[3], d, dim}};
         static_assert(kStreamKeys == 4);
-        if (__builtin_expect(chunks[0].plain() & chunks[1].plain() & chunks[2].plain() & chunks[3].plain(), 1)) {
+        bool plain = true;
+        FOVEA_UNROLL
+        for (int j = 0; j < kStreamKeys; ++j) plain &= chunks[j].plain();
+        if (__builtin_expect(plain, 1)) {
           FOVEA_UNROLL
           for (int n = 0; n < Vectors; n += 2) {
             FOVEA_UNROLL
@@ -152,8 +153,8 @@ FOVEA_INLINE void score_block(const Codec& codec, const float* q, index_t q_stri
 }
 
 template <int Rows, class Codec>
-FOVEA_NOINLINE void stream_scores_rows(const Codec& codec, const float* q, index_t q_stride, const Segment& keys, index_t dim,
-                                       float* s) {
+FOVEA_NOINLINE void stream_scores_rows(const Codec& codec, const float* q, index_t q_stride, const Segment& keys,
+                                       index_t dim, float* s) {
   const index_t stride = keys.stride, count = keys.count, ahead = keys.ahead;
   const std::byte* rows = keys.data;
   const index_t whole[kStreamKeys] = {0, stride, 2 * stride, 3 * stride};
@@ -247,7 +248,8 @@ FOVEA_NOINLINE void stream_weigh_rows(const Codec& codec, const float* p, const 
     index_t d = 0;
     const auto columns = [&]<int Vectors>(std::integral_constant<int, Vectors>) {
       for (; d + Vectors * kLanes <= dim; d += Vectors * kLanes)
-        weigh_columns<Rows, Vectors>(codec, weights, weights_stride, run, stride, ahead, here, d, dim, factor, acc, acc_stride);
+        weigh_columns<Rows, Vectors>(codec, weights, weights_stride, run, stride, ahead, here, d, dim, factor, acc,
+                                     acc_stride);
     };
     columns(std::integral_constant<int, kWide>{});
     if constexpr (kWide >= 8) columns(std::integral_constant<int, 4>{});

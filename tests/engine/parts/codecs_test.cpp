@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stored rows of every format: what they decode to, what the kernels make of them, and that neither depends on where a segment
-// ends. Rows are random bytes of legal numbers; what they mean is said by reference/stored.hpp.
+// Stored rows of every format: what they decode to, what the kernels make of them, and that neither depends on where a
+// segment ends. Rows are random bytes of legal numbers; what they mean is said by reference/stored.hpp.
 #include "fovea/engine/parts/codecs.hpp"
 
 #include <cmath>
@@ -17,9 +17,10 @@ using namespace fovea;
 namespace {
 
 const float kNan = std::numeric_limits<float>::quiet_NaN();
-const Format kAllFormats[] = {Format::f32,    Format::f64,         Format::bf16,        Format::f16,  Format::i8_token,
-                              Format::i8_channel, Format::i4_g32,  Format::i4_g64,      Format::i4_g32_zero,
-                              Format::i4_g64_zero, Format::e4m3,   Format::e5m2,        Format::latent_fp8};
+const Format kAllFormats[] = {Format::f32,         Format::f64,         Format::bf16,   Format::f16,
+                              Format::i8_token,    Format::i8_channel,  Format::i4_g32, Format::i4_g64,
+                              Format::i4_g32_zero, Format::i4_g64_zero, Format::e4m3,   Format::e5m2,
+                              Format::latent_fp8};
 
 KeyKernels key_kernels_for(Format format) { return key_kernels<F32Panels>(format, AllFormats{}); }
 ValueKernels value_kernels_for(Format format) { return value_kernels<F32Panels>(format, AllFormats{}); }
@@ -171,8 +172,8 @@ TEST_CASE("a stored row decodes to what it stands for, and nothing behind it is 
             for (index_t i = 0; i < kLanes; ++i) {
               const double exact = i < count ? rows.value(j, d + i) : 0.;
               // A row's own scale stays outside, so its product is exact; other values are rounded once.
-              const bool right = codec.kRowScaled ? static_cast<double>(lanes[i]) * scale == exact
-                                                  : lanes[i] == static_cast<float>(exact);
+              const bool right =
+                  codec.kRowScaled ? static_cast<double>(lanes[i]) * scale == exact : lanes[i] == static_cast<float>(exact);
               wrong += !right || lanes[i] != again[i];
             }
           }
@@ -300,8 +301,7 @@ TEST_CASE("scores and weighted sums of stored rows: near a double sum, the same 
                                  static_cast<std::size_t>(count) * sizeof(float)) != 0;
           }
         }
-        if (values_of.weigh != nullptr)
-          wrong += std::memcmp(cut_acc.data(), acc.data(), acc.size() * sizeof(float)) != 0;
+        if (values_of.weigh != nullptr) wrong += std::memcmp(cut_acc.data(), acc.data(), acc.size() * sizeof(float)) != 0;
       }
       CHECK(wrong == 0);
     }
@@ -351,19 +351,31 @@ TEST_CASE("a value or a scale that is not finite is noticed") {
     std::vector<std::uint8_t> bytes;
   };
   const index_t dim = 96;
-  const std::vector<std::uint8_t> nan32 = {0, 0, 0xc0, 0x7f}, inf32 = {0, 0, 0x80, 0xff}, nan16 = {0, 0x7e}, inf16 = {0, 0xfc};
+  const std::vector<std::uint8_t> nan32 = {0, 0, 0xc0, 0x7f}, inf32 = {0, 0, 0x80, 0xff}, nan16 = {0, 0x7e},
+                                  inf16 = {0, 0xfc};
   const Spoiled cases[] = {
-      {Format::f32, 4 * 95, nan32},      {Format::f32, 0, inf32},
-      {Format::f64, 8 * 40 + 4, {0, 0, 0xf0, 0x7f}}, {Format::bf16, 2 * 17, {0xc0, 0x7f}},
-      {Format::bf16, 2 * 95, {0x80, 0xff}}, {Format::f16, 2 * 64, nan16},
-      {Format::f16, 0, inf16},           {Format::i8_token, dim, nan32},
-      {Format::i8_token, dim, inf32},    {Format::i4_g32, 48, nan16},
-      {Format::i4_g64, 64 + 2, inf16},   {Format::i4_g32_zero, 48 + 6, nan16},
-      {Format::i4_g64_zero, 64, inf16},  {Format::e4m3, 33, {0x7f}},
-      {Format::e4m3, 95, {0xff}},        {Format::e4m3, dim, nan32},
-      {Format::e5m2, 5, {0x7c}},         {Format::e5m2, 80, {0xfe}},
-      {Format::e5m2, dim, inf32},        {Format::latent_fp8, 511, {0x7f}},
-      {Format::latent_fp8, 520, nan32},  {Format::latent_fp8, 528 + 126, {0xc0, 0x7f}},
+      {Format::f32, 4 * 95, nan32},
+      {Format::f32, 0, inf32},
+      {Format::f64, 8 * 40 + 4, {0, 0, 0xf0, 0x7f}},
+      {Format::bf16, 2 * 17, {0xc0, 0x7f}},
+      {Format::bf16, 2 * 95, {0x80, 0xff}},
+      {Format::f16, 2 * 64, nan16},
+      {Format::f16, 0, inf16},
+      {Format::i8_token, dim, nan32},
+      {Format::i8_token, dim, inf32},
+      {Format::i4_g32, 48, nan16},
+      {Format::i4_g64, 64 + 2, inf16},
+      {Format::i4_g32_zero, 48 + 6, nan16},
+      {Format::i4_g64_zero, 64, inf16},
+      {Format::e4m3, 33, {0x7f}},
+      {Format::e4m3, 95, {0xff}},
+      {Format::e4m3, dim, nan32},
+      {Format::e5m2, 5, {0x7c}},
+      {Format::e5m2, 80, {0xfe}},
+      {Format::e5m2, dim, inf32},
+      {Format::latent_fp8, 511, {0x7f}},
+      {Format::latent_fp8, 520, nan32},
+      {Format::latent_fp8, 528 + 126, {0xc0, 0x7f}},
   };
   for (const Spoiled& spoiled : cases) {
     const index_t own_dim = spoiled.format == Format::latent_fp8 ? 576 : dim, count = 9;

@@ -44,12 +44,7 @@ struct E4m3Codec : NumberCodec<1, load_e4m3, load_e4m3_some, true> {
   struct Chunk {
     const std::byte* codes;
     FOVEA_INLINE Chunk(const std::byte* row, index_t d, index_t) : codes(row + d) {}
-    FOVEA_INLINE bool plain() const {
-      bool all = true;
-      FOVEA_UNROLL
-      for (int n = 0; n < Vectors; n += 4) all &= normal_e4m3<Vectors < 4 ? 32 : 64>(codes + n * kLanes);
-      return all;
-    }
+    FOVEA_INLINE bool plain() const { return all_normal_e4m3<Vectors>(codes); }
     FOVEA_INLINE void pair(int n, f32 (&to)[2]) const { load_normal_e4m3_pair(codes + n * kLanes, to); }
   };
 #endif
@@ -118,6 +113,30 @@ struct LatentFp8Codec {
     return load_e4m3_some(row + d, count) * f32(read_f32(row + kScales + d / kScaleGroup * 4));
   }
   FOVEA_INLINE float scale(const std::byte*, index_t) const { return 1.f; }
+#if defined(FOVEA_FAST_E4M3)
+  static constexpr int kChunkVectors = 4;
+  template <int Vectors>
+  struct Chunk {
+    const std::byte* codes;
+    bool wide;
+    f32 scale;
+    FOVEA_INLINE Chunk(const std::byte* row, index_t d, index_t)
+        : codes(row + offset(d)),
+          wide(d >= kLatentFp8Values),
+          scale(wide ? 1.f : read_f32(row + kScales + d / kScaleGroup * 4)) {}
+    FOVEA_INLINE bool plain() const { return wide || all_normal_e4m3<Vectors>(codes); }
+    FOVEA_INLINE void pair(int n, f32 (&to)[2]) const {
+      if (wide) {
+        to[0] = load_bf16(codes + 2 * n * kLanes);
+        to[1] = load_bf16(codes + 2 * (n + 1) * kLanes);
+      } else {
+        load_normal_e4m3_pair(codes + n * kLanes, to);
+        to[0] = to[0] * scale;
+        to[1] = to[1] * scale;
+      }
+    }
+  };
+#endif
 };
 
 template <Codec C, class PanelType>
