@@ -2,6 +2,7 @@
 // Multi-head latent attention (DeepSeek-V2, V3, Kimi): all heads share one cached row a token, 512 numbers of latent and 64
 // rotated ones, here in the published fp8 layout of 656 bytes. Two sequences decode one token each (absorbed form), a third
 // one reads a prompt (expanded form), in one call.
+#include <fovea/engine/parts/rope.hpp>
 #include <fovea/mla.hpp>
 #include <fovea/reference/mla.hpp>
 #include <fovea/reference/stored.hpp>

@@ -79,7 +79,7 @@ int print_perplexity(const generate::Model& model, const generate::Tokenizer& to
       if (format != fovea::Format::f32) continue;
       kv.home = generate::KvHome::contiguous;
     }
-    generate::Engine engine(model, generate::fovea_attention(), executor, kv);
+    generate::Engine engine(model, *generate::attention_named("fovea"), executor, kv);
     auto loss = generate::loss_of(engine, model, tokenizer, text);
     if (!loss) {
       std::fprintf(stderr, "%s: %s\n", name, loss.error.c_str());

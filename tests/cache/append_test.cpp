@@ -78,17 +78,17 @@ void check_rows_hold(const Tokens& tokens, Format k_format, Format v_format, ind
   for (index_t token = first; token < first + count; ++token) {
     for (index_t head = 0; head < kHeads; ++head) {
       const auto [k_row, v_row] = row_of(token, head);
+      const float* const values = tokens.v.data() + (token * kHeads + head) * kDimV;
       double largest_k = 0, largest_v = 0;
       for (index_t d = 0; d < kDim; ++d) largest_k = std::max(largest_k, std::abs(tokens.rotated(token, head, d)));
-      for (index_t d = 0; d < kDimV; ++d)
-        largest_v = std::max(largest_v, std::abs(static_cast<double>(tokens.v[static_cast<std::size_t>((token * kHeads + head) * kDimV + d)])));
+      for (index_t d = 0; d < kDimV; ++d) largest_v = std::max(largest_v, static_cast<double>(std::abs(values[d])));
       for (index_t d = 0; d < kDim; ++d) {
         const double error = std::abs(stored_value(k_format, k_row, kDim, d) - tokens.rotated(token, head, d));
         worst_k = std::max(worst_k, error / (0.51 * step(k_format) * largest_k + 1e-6));
       }
       for (index_t d = 0; d < kDimV; ++d) {
-        const double x = static_cast<double>(tokens.v[static_cast<std::size_t>((token * kHeads + head) * kDimV + d)]);
-        worst_v = std::max(worst_v, std::abs(stored_value(v_format, v_row, kDimV, d) - x) / (0.51 * step(v_format) * largest_v + 1e-6));
+        const double error = std::abs(stored_value(v_format, v_row, kDimV, d) - static_cast<double>(values[d]));
+        worst_v = std::max(worst_v, error / (0.51 * step(v_format) * largest_v + 1e-6));
       }
     }
   }

@@ -102,10 +102,10 @@ generate::Result<generate::Model> load(const Bytes& config, const Bytes& file) {
   return generate::build_model(*parsed_config, *parsed);
 }
 
-// The Llama forward pass as plain loops in double over all tokens at once; logits after the last one. With a window, as
-// StreamingLLM defines it: token t sees the first `sinks` tokens and the last `window`, and positions count what it sees.
-std::vector<double> naive_logits(const SmallModel& small, const std::vector<Token>& tokens, std::size_t sinks = 0,
-                                 std::size_t window = 1 << 20) {
+// The Llama forward pass as plain loops in double over all tokens at once; logits after each. With a window, as StreamingLLM
+// defines it: token t sees the first `sinks` tokens and the last `window`, and positions count what it sees.
+std::vector<std::vector<double>> naive_logits(const SmallModel& small, const std::vector<Token>& tokens,
+                                              std::size_t sinks = 0, std::size_t window = 1 << 20) {
   using Row = std::vector<double>;
   const auto number = [&](const char* name) { return small.config[name].get<std::size_t>(); };
   const std::size_t hidden = number("hidden_size"), heads = number("num_attention_heads"), dim = number("head_dim");
@@ -185,7 +185,8 @@ std::vector<double> naive_logits(const SmallModel& small, const std::vector<Toke
       for (std::size_t i = 0; i < hidden; ++i) x[t][i] += down[i];
     }
   }
-  return times("model.embed_tokens.weight", norm("model.norm.weight", x.back()));
+  for (Row& row : x) row = times("model.embed_tokens.weight", norm("model.norm.weight", row));
+  return x;
 }
 
 double largest_difference(std::span<const float> logits, const std::vector<double>& expected) {
@@ -221,14 +222,11 @@ std::vector<std::vector<float>> all_logits(generate::Engine& engine, const std::
   return all;
 }
 
-// The same against the naive pass, over all tokens; `logits` after each of them.
-double largest_difference(const std::vector<std::vector<float>>& logits, const SmallModel& small,
-                          const std::vector<Token>& tokens, std::size_t sinks = 0, std::size_t window = 1 << 20) {
+double largest_difference(const std::vector<std::vector<float>>& logits, const std::vector<std::vector<double>>& expected) {
+  REQUIRE(logits.size() == expected.size());
   double largest = 0;
-  for (std::size_t t = 0; t < tokens.size(); ++t) {
-    const auto end = tokens.begin() + static_cast<std::ptrdiff_t>(t) + 1;
-    const double one =
-        largest_difference(logits[t], naive_logits(small, std::vector<Token>(tokens.begin(), end), sinks, window));
+  for (std::size_t t = 0; t < logits.size(); ++t) {
+    const double one = largest_difference(logits[t], expected[t]);
     if (!(one <= largest)) largest = one;
   }
   return largest;
@@ -306,8 +304,8 @@ TEST_CASE("the engine computes what plain loops in double compute, in one piece,
   INFO(model.error);
   REQUIRE(model);
   CHECK(model->parameters() == 260 * 12 + 2 * (12 + 48 * 12 + 12 * 24 + 12 + 40 * 12 + 12 * 20) + 12);
-  std::vector<Token> tokens;
-  for (int i = 0; i < 24; ++i) tokens.push_back((i * 71 + 13) % 260);
+  const std::vector<Token> tokens = some_tokens(24);
+  const auto expected = naive_logits(small, tokens);
 
   fovea::StdThreads pool(2);
   for (const fovea::Executor& executor : {fovea::Executor(), fovea::Executor(pool, 2)}) {
@@ -320,10 +318,7 @@ TEST_CASE("the engine computes what plain loops in double compute, in one piece,
         REQUIRE(logits);
         // Sums of at most 24 terms of size 1 over two layers: fp32 leaves errors near 1e-6, a wrong angle or head near 1e-1.
         CAPTURE(piece, end);
-        CHECK(largest_difference(
-                  *logits,
-                  naive_logits(
-                      small, std::vector<Token>(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(end)))) < 2e-5);
+        CHECK(largest_difference(*logits, expected[end - 1]) < 2e-5);
       }
     }
   }
@@ -382,7 +377,7 @@ TEST_CASE("an untied model needs and uses lm_head", "[generate]") {
   generate::Engine engine(*model, generate::fovea_attention());
   auto logits = engine.forward(std::vector<Token>{3, 1, 4});
   REQUIRE(logits);
-  CHECK(largest_difference(*logits, naive_logits(small, {3, 1, 4})) < 2e-5);
+  CHECK(largest_difference(*logits, naive_logits(small, {3, 1, 4}).back()) < 2e-5);
 }
 
 TEST_CASE("safetensors: truncated at every length", "[generate][corrupt]") {
@@ -656,11 +651,12 @@ TEST_CASE("the cache holds what --kv asks for, and pages change no bit", "[gener
   auto model = load(bytes_of(small.config.dump()), small.file());
   REQUIRE(model);
   const std::vector<Token> tokens = some_tokens(24);
+  const auto expected = naive_logits(small, tokens);
   for (const auto& [name, format] : generate::kv_formats) {
     CAPTURE(name);
     generate::Engine engine(*model, generate::fovea_attention(), {}, {.format = format});
     const auto contiguous = all_logits(engine, tokens, 1);
-    const double largest = largest_difference(contiguous, small, tokens);
+    const double largest = largest_difference(contiguous, expected);
     if (format == fovea::Format::f32) {
       CHECK(largest < 2e-5);
     } else {
@@ -691,6 +687,7 @@ TEST_CASE("sinks and a window: ordinary attention while all fits, StreamingLLM b
   for (const auto& [sinks, window] : {Case{3, 9}, Case{0, 5}, Case{4, 1}, Case{1, 23}}) {
     CAPTURE(sinks, window);
     const auto fits = static_cast<std::size_t>(sinks + window);
+    const auto expected = naive_logits(small, tokens, static_cast<std::size_t>(sinks), static_cast<std::size_t>(window));
     for (const auto& [name, format] : generate::kv_formats) {
       CAPTURE(name);
       const generate::KvOptions ring{.format = format, .home = generate::KvHome::ring, .sinks = sinks, .window = window};
@@ -700,8 +697,7 @@ TEST_CASE("sinks and a window: ordinary attention while all fits, StreamingLLM b
       CHECK(std::vector(streamed.begin(), streamed.begin() + sinks + window) ==
             all_logits(ordinary, {tokens.begin(), tokens.begin() + sinks + window}, 1));
 
-      const double largest = largest_difference(streamed, small, tokens, static_cast<std::size_t>(sinks),
-                                                static_cast<std::size_t>(window));
+      const double largest = largest_difference(streamed, expected);
       if (format == fovea::Format::f32) {
         CHECK(largest < 2e-5);
       } else {
@@ -736,7 +732,7 @@ TEST_CASE("a quantised middle between 16-bit ends", "[generate][kv]") {
   const auto mixed = logits_of(kv);
   CHECK(std::vector(mixed.begin(), mixed.begin() + 9) == std::vector(bf16.begin(), bf16.begin() + 9));
   CHECK(mixed.back() != bf16.back());
-  const double largest = largest_difference(mixed, small, tokens);
+  const double largest = largest_difference(mixed, naive_logits(small, tokens));
   CHECK(largest < 10 * half_step(fovea::Format::i4_g32));
   // Fed at once, tokens behind the ends still go one by one, so that each sees its own window in 16 bit. The first nine are
   // then one prefill, whose sums are ordered differently.
@@ -790,13 +786,12 @@ TEST_CASE("surprise is the sum of -log p over all tokens but the first", "[gener
   auto model = load(bytes_of(small.config.dump()), small.file());
   REQUIRE(model);
   const std::vector<Token> tokens = some_tokens(25);   // the last one is predicted only: one more than the context
+  const auto logits = naive_logits(small, tokens);
   double expected = 0;
   for (std::size_t t = 0; t + 1 < tokens.size(); ++t) {
-    const auto end = tokens.begin() + static_cast<std::ptrdiff_t>(t) + 1;
-    const std::vector<double> logits = naive_logits(small, std::vector<Token>(tokens.begin(), end));
     double sum = 0;
-    for (const double logit : logits) sum += std::exp(logit);
-    expected += std::log(sum) - logits[static_cast<std::size_t>(*end)];
+    for (const double logit : logits[t]) sum += std::exp(logit);
+    expected += std::log(sum) - logits[t][static_cast<std::size_t>(tokens[t + 1])];
   }
   generate::Engine engine(*model, generate::fovea_attention());
   auto nats = engine.surprise(tokens);
@@ -874,7 +869,7 @@ TEST_CASE("what bf16 and int8 cost in perplexity on text the model has not seen"
     INFO(loss.error);
     REQUIRE(loss);
     CHECK(loss->tokens == static_cast<Index>(trained.tokenizer.encode(text).size()) - 1);
-    CHECK(std::abs(loss->per_byte() - 0.83) < 0.05);   // 0.795 on all held-out chapters; these are harder
+    CHECK(std::abs(loss->per_byte() - 0.82) < 0.05);   // 0.796 on all held-out chapters, 0.783 to 0.851 on these
     return loss->perplexity();
   };
   // Measured on the whole excerpt: 0.006 % and 0.014 %.
