@@ -46,7 +46,8 @@ int main() {
   if (example::refused(make_plan(plan, {dims, 1, tokens, capacity, format}, options))) return 1;
   std::printf("%s", plan.describe().c_str());
   const fovea::Kv latents = fovea::latent_kv(cache.data(), format, dims, 3, capacity);
-  if (example::refused(fovea::mla<fovea::Formats<fovea::Format::latent_fp8>>(plan, q, kv_b, latents, out, options))) return 1;
+  if (example::refused(fovea::mla<fovea::Formats<fovea::Format::latent_fp8>>(plan, q, kv_b, latents, out, options)))
+    return 1;
 
   // Head 1 against the equations in double, over the numbers the cache holds.
   fovea::MlaDims one = dims;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One decode step of three requests whose K and V stand in bf16 pages of one pool. Two requests have a prompt in common: they
-// share its pages, and keep apart what follows.
+// One decode step of three requests whose K and V stand in bf16 pages of one pool. Two requests have a prompt in common:
+// they share its pages, and keep apart what follows.
 #include <fovea/cache/append.hpp>
 #include <fovea/cache/paged_cache.hpp>
 #include <fovea/reference/stored.hpp>
@@ -49,7 +49,8 @@ int main() {
   // The same on what the pages hold, read number by number.
   const fovea::index_t longest = cache.len(first);
   std::vector<float> k_data(static_cast<std::size_t>(3 * kv_heads * longest * dim)), v_data(k_data.size());
-  const auto k = fovea::bhsd(k_data.data(), 3, kv_heads, longest, dim), v = fovea::bhsd(v_data.data(), 3, kv_heads, longest, dim);
+  const auto k = fovea::bhsd(k_data.data(), 3, kv_heads, longest, dim),
+             v = fovea::bhsd(v_data.data(), 3, kv_heads, longest, dim);
   for (const fovea::index_t s : {first, second, third}) {
     for (fovea::index_t at = 0; at < cache.len(s) * kv_heads * dim; ++at) {
       const fovea::index_t key = at / dim / kv_heads, head = at / dim % kv_heads, d = at % dim;

@@ -20,22 +20,22 @@ void* counted(std::size_t bytes, std::size_t alignment) {
   }
   return at;
 }
-void* counted_or_abort(std::size_t bytes, std::size_t alignment) {
+void* counted_or_throw(std::size_t bytes, std::size_t alignment) {
   void* const at = counted(bytes, alignment);
-  if (at == nullptr) std::abort();
+  if (at == nullptr) throw std::bad_alloc();
   return at;
 }
 }  // namespace
 
 // Inlined, GCC sees the free of a new and warns of a mismatch.
 #define OUT_OF_LINE __attribute__((noinline))
-OUT_OF_LINE void* operator new(std::size_t bytes) { return counted_or_abort(bytes, 1); }
-OUT_OF_LINE void* operator new[](std::size_t bytes) { return counted_or_abort(bytes, 1); }
+OUT_OF_LINE void* operator new(std::size_t bytes) { return counted_or_throw(bytes, 1); }
+OUT_OF_LINE void* operator new[](std::size_t bytes) { return counted_or_throw(bytes, 1); }
 OUT_OF_LINE void* operator new(std::size_t bytes, std::align_val_t a) {
-  return counted_or_abort(bytes, static_cast<std::size_t>(a));
+  return counted_or_throw(bytes, static_cast<std::size_t>(a));
 }
 OUT_OF_LINE void* operator new[](std::size_t bytes, std::align_val_t a) {
-  return counted_or_abort(bytes, static_cast<std::size_t>(a));
+  return counted_or_throw(bytes, static_cast<std::size_t>(a));
 }
 OUT_OF_LINE void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 1); }
 OUT_OF_LINE void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 1); }

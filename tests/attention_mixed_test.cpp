@@ -63,13 +63,12 @@ struct Mixed {
 };
 
 const std::vector<index_t> kLen{1060, 290, 40, 5};
-const std::vector<Cut> kCuts{{4, {1000, 250, 8, 4}},     // the usual case
-                             {0, {1060, 290, 40, 5}},    // nothing exact
-                             {0, {0, 0, 0, 0}},          // everything exact, as a window
-                             {2000, {1060, 290, 40, 5}}, // everything exact, as first tokens
-                             {7, {3, 6, 7, 0}},          // the window begins among the first tokens
-                             {1, {1025, 257, 39, 1}},
-                             {64, {1024, 128, 40, 2}}};
+const std::vector<Cut> kCuts{{4, {1000, 250, 8, 4}},       // the usual case
+                             {0, {1060, 290, 40, 5}},      // nothing exact
+                             {0, {0, 0, 0, 0}},            // everything exact, as a window
+                             {2000, {1060, 290, 40, 5}},   // everything exact, as first tokens
+                             {7, {3, 6, 7, 0}},            // the window begins among the first tokens
+                             {1, {1025, 257, 39, 1}},    {64, {1024, 128, 40, 2}}};
 
 std::vector<Lodging> middle_homes(std::uint64_t seed) {
   std::vector<Lodging> all(4);
@@ -157,7 +156,7 @@ TEST_CASE("rows of the other part of a mixed cache leave no trace", "[bits][mixe
 }
 
 TEST_CASE("each key of a mixed cache is read from its own part", "[mixed]") {
-  // Values are the numbers of their keys, in a format that tells the parts apart: + 0 in the middle, + 1000 in the exact part.
+  // Value j is the unit vector j, 1024 times as long in the exact part: the output shows each key's part by itself.
   const index_t len = 50;
   for (const Cut& cut : {Cut{4, {30}}, Cut{0, {50}}, Cut{50, {50}}, Cut{5, {2}}, Cut{0, {17}}}) {
     std::vector<float> zeros(at(len * 2), 0.f), names(at(len * len), 0.f), far_names(at(len * len), 0.f);

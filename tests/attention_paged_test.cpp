@@ -138,7 +138,8 @@ TEST_CASE("a paged sequence alone = inside a batch", "[bits][paged]") {
         for (std::size_t s = 0; s < 3; ++s) {
           Tokens q(Format::f32, step.len_q[s], kHeads, 40);
           const index_t row = kHeads * 40;
-          q.fill(std::vector<float>(step.q.values.begin() + step.cu_q[s] * row, step.q.values.begin() + step.cu_q[s + 1] * row));
+          q.fill(std::vector<float>(step.q.values.begin() + step.cu_q[s] * row,
+                                    step.q.values.begin() + step.cu_q[s + 1] * row));
           Kv alone = paged.kv();
           const std::vector<index_t> len{step.keys.len[s]};
           const auto sequence = static_cast<index_t>(s);
@@ -196,7 +197,8 @@ TEST_CASE("chunked = whole prefill over a paged cache, in one forced regime", "[
         for (index_t begin = 0; begin < len; begin += chunk) {
           const index_t count = std::min(chunk, len - begin);
           Tokens part(Format::f32, count, kHeads, 33);
-          part.fill(std::vector<float>(q.values.begin() + begin * kHeads * 33, q.values.begin() + (begin + count) * kHeads * 33));
+          part.fill(
+              std::vector<float>(q.values.begin() + begin * kHeads * 33, q.values.begin() + (begin + count) * kHeads * 33));
           const std::vector<index_t> in_use{past + begin + count};
           AttentionOptions of_part = options;
           of_part.len_k = in_use;

@@ -64,7 +64,8 @@ struct Case {
   }
   // What encoding and decoding the rows costs.
   double rows() const {
-    return static_cast<double>(cumulative(len_k).back()) * static_cast<double>(kv_heads) * static_cast<double>(dim_qk + dim_v);
+    return static_cast<double>(cumulative(len_k).back()) * static_cast<double>(kv_heads) *
+           static_cast<double>(dim_qk + dim_v);
   }
   Regime regime_of(std::size_t s) const {
     if (regime != Regime::automatic) return regime;
@@ -75,12 +76,13 @@ struct Case {
 
 std::string describe(const Case& c) {
   char text[400];
-  std::snprintf(text, sizeof text,
-                "seed %llu, q %s, K %s, V %s, out %s, heads %td/%td, dims %td/%td, len_q %s%s, len_k %s, regime %s, %s panels, "
-                "%d lanes; ",
-                static_cast<unsigned long long>(c.seed), name_of(c.q), name_of(c.k), name_of(c.v), name_of(c.out), c.q_heads,
-                c.kv_heads, c.dim_qk, c.dim_v, list(c.len_q).c_str(), c.ragged ? " ragged" : "", list(c.len_k).c_str(),
-                regime_name(c.regime), c.panels == Panels::bf16 ? "bf16" : "f32", c.lanes);
+  std::snprintf(
+      text, sizeof text,
+      "seed %llu, q %s, K %s, V %s, out %s, heads %td/%td, dims %td/%td, len_q %s%s, len_k %s, regime %s, %s panels, "
+      "%d lanes; ",
+      static_cast<unsigned long long>(c.seed), name_of(c.q), name_of(c.k), name_of(c.v), name_of(c.out), c.q_heads,
+      c.kv_heads, c.dim_qk, c.dim_v, list(c.len_q).c_str(), c.ragged ? " ragged" : "", list(c.len_k).c_str(),
+      regime_name(c.regime), c.panels == Panels::bf16 ? "bf16" : "f32", c.lanes);
   std::string all = text + describe(c.home);
   if (c.mixed) {
     std::snprintf(text, sizeof text, "; exact K %s, V %s below %td and from %s, ", name_of(c.exact_k), name_of(c.exact_v),
@@ -153,7 +155,8 @@ Case grid_case(index_t n) {
     home.sinks = random.pick<index_t>({0, 1, 4, 7});
     home.seed = c.seed * 3 + 1;
     home.behind = random.pick<std::int32_t>({2147480000, -1});
-    if (k == v && (is_plain(k) ? c.dim_v <= c.dim_qk : k == Format::latent_fp8) && random.one_in(3)) home.weave = Weave::v_in_k;
+    if (k == v && (is_plain(k) ? c.dim_v <= c.dim_qk : k == Format::latent_fp8) && random.one_in(3))
+      home.weave = Weave::v_in_k;
   };
   c.home.home = std::array{Home::contiguous, Home::paged, Home::paged, Home::ring}[at(n / kPairs % 4)];
   lodge(c.home, c.k, c.v);
@@ -380,7 +383,8 @@ TEST_CASE("the grid of storage covers every pair of formats in every home and re
 }
 
 TEST_CASE("attention over stored rows = the reference over what they mean", "[grid][storage]") {
-  const index_t only = number("FOVEA_GRID_ONLY", -1), wanted = std::clamp<index_t>(number("FOVEA_GRID_CASES", kCases), 1, kCases);
+  const index_t only = number("FOVEA_GRID_ONLY", -1),
+                wanted = std::clamp<index_t>(number("FOVEA_GRID_CASES", kCases), 1, kCases);
   Seen seen;
   for (index_t n = 0; n < wanted; ++n) {
     const index_t chosen = only >= 0 ? only : n * kCases / wanted;

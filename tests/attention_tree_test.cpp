@@ -132,8 +132,8 @@ TEST_CASE("trees of 1 to 16 drafts against the reference, with every other optio
   Random random(72);
   for (index_t len = 1; len <= 16; ++len) {
     const FormatPair& pair = kFormatPairs[len % 8];
-    Step step(pair, 73 + static_cast<std::uint64_t>(len), {len, 1, 17 - len}, {len + random.below(300), 30, 17 - len + random.below(60)},
-              len % 2 == 0 ? Format::bf16 : Format::f32);
+    Step step(pair, 73 + static_cast<std::uint64_t>(len), {len, 1, 17 - len},
+              {len + random.below(300), 30, 17 - len + random.below(60)}, len % 2 == 0 ? Format::bf16 : Format::f32);
     const Housed paged(step.keys.k, step.keys.v, consecutive(step.keys.len), pages_of(random.pick<index_t>({1, 5, 16}), 6));
     const std::vector<float> sinks{0.5f, -1.f, 2.f, 0.f}, slopes{0.1f, 0.f, 0.03f, 0.5f};
     for (const Way& way : ways(pair.k, pair.v)) {
@@ -143,13 +143,12 @@ TEST_CASE("trees of 1 to 16 drafts against the reference, with every other optio
       if (random.one_in(2)) options.softcap = 8;
       if (random.one_in(2)) options.window = {random.between(0, 40), -1};
       if (random.one_in(3)) options.causal = Causal::none;
-      INFO(describe(pair) << ", " << describe(way) << ", " << len << " drafts, window " << options.window.left << ", softcap "
-                          << options.softcap << ", sink " << !options.sink.empty() << ", alibi "
+      INFO(describe(pair) << ", " << describe(way) << ", " << len << " drafts, window " << options.window.left
+                          << ", softcap " << options.softcap << ", sink " << !options.sink.empty() << ", alibi "
                           << !options.alibi_slopes.empty());
       const Answer tree = attend_stored(step.q, paged.kv(), step.with_tree(options));
       CHECK(tree == attend_stored(step.q, paged.kv(), step.with_mask(options)));
-      const WorstOf worst =
-          worst_of(tree, step.expected(options, std::vector<bool>(3, way.panels == Panels::bf16)));
+      const WorstOf worst = worst_of(tree, step.expected(options, std::vector<bool>(3, way.panels == Panels::bf16)));
       INFO(worst.where);
       CHECK(worst.budgets <= 1);
     }
@@ -241,7 +240,8 @@ TEST_CASE("a sequence with its tree alone = inside the step, on any number of th
         if (kQueries[s] == 0) continue;
         Tokens q(Format::f32, kQueries[s], kHeads, kDimQk);
         const index_t row = kHeads * kDimQk;
-        q.fill(std::vector<float>(step.q.values.begin() + step.cu_q[s] * row, step.q.values.begin() + step.cu_q[s + 1] * row));
+        q.fill(
+            std::vector<float>(step.q.values.begin() + step.cu_q[s] * row, step.q.values.begin() + step.cu_q[s + 1] * row));
         Kv alone = paged.kv();
         alone.block_table.data += static_cast<index_t>(s) * alone.block_table.stride[0];
         alone.block_table.extent[0] = 1;
@@ -277,7 +277,8 @@ TEST_CASE("NaN in a draft that a branch does not see leaves no trace", "[tree][p
         for (index_t h = 0; h < kHeads; ++h) {
           for (index_t d = 0; d < kDimV; ++d) {
             const double x = after.out.value(token * kHeads + h, d), y = before.out.value(token * kHeads + h, d);
-            if (sees ? !std::isnan(x) : x != y) FAIL_CHECK("token " << token << ", head " << h << ": " << x << ", was " << y);
+            if (sees ? !std::isnan(x) : x != y)
+              FAIL_CHECK("token " << token << ", head " << h << ": " << x << ", was " << y);
           }
         }
       }

@@ -46,14 +46,14 @@ struct Problem {
   Format format;
   index_t page_size;
   std::vector<index_t> cu_len_q{0}, len_k;
-  std::vector<float> q;                 // [head, token, nope + rope]
-  std::vector<fovea::bf16> kv_b;        // [head, nope + value, latent]
+  std::vector<float> q;            // [head, token, nope + rope]
+  std::vector<fovea::bf16> kv_b;   // [head, nope + value, latent]
   std::vector<std::byte> pool;
-  std::vector<std::int32_t> table;      // [sequence, page]
+  std::vector<std::int32_t> table;   // [sequence, page]
   index_t pages = 0, table_width = 0;
 
-  Problem(const MlaDims& dims_, std::initializer_list<Lengths> lengths, Format format_ = Format::bf16, std::uint64_t seed = 1,
-          index_t page_size_ = 4)
+  Problem(const MlaDims& dims_, std::initializer_list<Lengths> lengths, Format format_ = Format::bf16,
+          std::uint64_t seed = 1, index_t page_size_ = 4)
       : dims(dims_), format(format_), page_size(page_size_) {
     for (const auto& [queries, keys] : lengths) {
       cu_len_q.push_back(cu_len_q.back() + queries);
@@ -137,12 +137,13 @@ bool same_bits(const Got& a, const Got& b) {
 
 // What the reference says about some heads, with budgets of error. u = 2^-24, N = nope + latent + rope.
 //
-// Both forms compute a score as two sums of products of three numbers: expanded sums latent numbers, then nope + rope of them;
-// absorbed nope, then latent + rope. First order, each sum of n fused products is off by n u times the sum of its magnitudes,
-// so together with folding the scale in the score is off by (N + 8) u dots, dots the sum of |scale q W c| and |scale q_pe k_pe|.
-// The exponential's argument, the sums over keys and the rescaling are those of attention (docs/numerics.md). Values pass one
-// more sum over latent numbers, before the sum over keys or behind it: (latent + 2) u times the sum of |p W c|. bf16 panels
-// round q, k, v and weights to 2^-8 relative each: 2 * 2^-8 dots in the score, 2 * 2^-8 in the output.
+// Both forms compute a score as two sums of products of three numbers: expanded sums latent numbers, then nope + rope of
+// them; absorbed nope, then latent + rope. First order, each sum of n fused products is off by n u times the sum of its
+// magnitudes, so together with folding the scale in the score is off by (N + 8) u dots, dots the sum of |scale q W c| and
+// |scale q_pe k_pe|. The exponential's argument, the sums over keys and the rescaling are those of attention
+// (docs/numerics.md). Values pass one more sum over latent numbers, before the sum over keys or behind it: (latent + 2) u
+// times the sum of |p W c|. bf16 panels round q, k, v and weights to 2^-8 relative each: 2 * 2^-8 dots in the score, 2 *
+// 2^-8 in the output.
 struct Wanted {
   std::vector<index_t> heads;
   std::vector<double> out, out_error, lse, lse_error;   // [n, token, value], [n, token]
@@ -178,8 +179,8 @@ Wanted reference(Problem& p, const AttentionOptions& options, std::vector<index_
           std::vector<double> relative;
           double mean = 0;
           for (const auto& term : row.terms) {
-            const double score = u * (factors * term.dots + 4 * (std::abs(term.score) + std::abs(row.max))) +
-                                 2 * rounding * term.dots;
+            const double score =
+                u * (factors * term.dots + 4 * (std::abs(term.score) + std::abs(row.max))) + 2 * rounding * term.dots;
             relative.push_back(std::expm1(score + test::kExpUnits * u));
             mean += term.weight * relative.back();
           }
@@ -200,9 +201,8 @@ Wanted reference(Problem& p, const AttentionOptions& options, std::vector<index_
             }
             w.out_error[at * static_cast<std::size_t>(value) + static_cast<std::size_t>(d)] = spread + common * size + 1e-30;
           }
-          w.lse_error[at] = std::isfinite(row.lse)
-                                ? common + u * (test::kLogUnits * 16 + 4 * (std::abs(row.max) + std::abs(row.lse)))
-                                : 0;
+          w.lse_error[at] =
+              std::isfinite(row.lse) ? common + u * (test::kLogUnits * 16 + 4 * (std::abs(row.max) + std::abs(row.lse))) : 0;
         });
   }
   return w;
@@ -215,7 +215,8 @@ double distance(const Problem& p, const Got& got, const Wanted& w) {
   for (std::size_t n = 0; n < w.heads.size(); ++n) {
     const auto head = static_cast<std::size_t>(w.heads[n]);
     for (std::size_t t = 0; t < row; ++t) {
-      worst = std::max(worst, test::in_budgets(double{got.lse[head * row + t]}, w.lse[n * row + t], w.lse_error[n * row + t]));
+      worst =
+          std::max(worst, test::in_budgets(double{got.lse[head * row + t]}, w.lse[n * row + t], w.lse_error[n * row + t]));
       for (std::size_t d = 0; d < value; ++d) {
         const std::size_t at = (n * row + t) * value + d;
         worst = std::max(worst, test::in_budgets(double{got.out[(head * row + t) * value + d]}, w.out[at], w.out_error[at]));
@@ -259,8 +260,7 @@ TEST_CASE("MLA scales of DeepSeek", "[mla]") {
 }
 
 TEST_CASE("both forms of MLA against the reference, every storage format", "[mla]") {
-  for (const Format format :
-       {Format::f32, Format::bf16, Format::f16, Format::i8_token, Format::i4_g32, Format::e4m3}) {
+  for (const Format format : {Format::f32, Format::bf16, Format::f16, Format::i8_token, Format::i4_g32, Format::e4m3}) {
     Problem p(kSmall, {{1, 9}, {5, 21}, {0, 3}, {3, 2}, {4, 0}, {17, 17}}, format, 11);
     const Wanted w = reference(p, p.options(), all_heads(p.dims));
     CAPTURE(fovea::name_of(format));
@@ -283,8 +283,8 @@ TEST_CASE("MLA with the dims of DeepSeek-V3, V2-Lite and Kimi", "[mla]") {
                           {kKimi, 0.0721688f, Format::f16, {0, 63}}};
   for (const Model& model : models) {
     Problem p(model.dims, {{1, 6}, {3, 5}}, model.format, 21);
-    // Sums of 512 numbers of both signs are mostly rounding budget. Eight weights a row, the last column among them, keep the
-    // sums of magnitudes near the sums; smaller queries keep scores small.
+    // Sums of 512 numbers of both signs are mostly rounding budget. Eight weights a row, the last column among them, keep
+    // the sums of magnitudes near the sums; smaller queries keep scores small.
     test::Random random(22);
     for (fovea::bf16& w : p.kv_b) w = {};
     for (std::size_t row = 0; row < p.kv_b.size(); row += 512) {
@@ -434,7 +434,8 @@ TEST_CASE("a row of MLA keeps its bits in any batch, on any number of lanes, wit
     }
     const Got got = run(alone, MlaForm::automatic, alone.options());
     for (index_t h = 0; h < p.dims.heads; ++h) {
-      CHECK(std::memcmp(got.out.data() + h * count * p.dims.value, whole.out.data() + (h * p.tokens() + first) * p.dims.value,
+      CHECK(std::memcmp(got.out.data() + h * count * p.dims.value,
+                        whole.out.data() + (h * p.tokens() + first) * p.dims.value,
                         static_cast<std::size_t>(4 * count * p.dims.value)) == 0);
       CHECK(std::memcmp(got.lse.data() + h * count, whole.lse.data() + h * p.tokens() + first,
                         static_cast<std::size_t>(4 * count)) == 0);
@@ -491,8 +492,8 @@ TEST_CASE("a batch of dense sequences, CSR pages and ragged keys give the bits o
     std::fill(got.out.begin(), got.out.end(), test::canary());
     const Tensor<float> out = fovea::bhsd(got.out.data(), 1, p.dims.heads, 4, p.dims.value);
     REQUIRE(fovea::mla<Compiled>(p.q_view(), p.kv_b_view(),
-                                 fovea::latent_pages(p.kv().k, p.dims, p.pages, p.page_size, indices, begin), out, p.options(),
-                                 form)
+                                 fovea::latent_pages(p.kv().k, p.dims, p.pages, p.page_size, indices, begin), out,
+                                 p.options(), form)
                 .ok());
     CHECK(same_bits(got, paged));
     // Ragged keys.
@@ -507,8 +508,8 @@ TEST_CASE("a batch of dense sequences, CSR pages and ragged keys give the bits o
     ragged.len_k = {};
     ragged.cu_len_k = cu_len_k;
     std::fill(got.out.begin(), got.out.end(), test::canary());
-    const fovea::Status status =
-        fovea::mla<Compiled>(p.q_view(), p.kv_b_view(), fovea::latent_kv(rows.data(), Format::f32, p.dims, 1, 18), out, ragged, form);
+    const fovea::Status status = fovea::mla<Compiled>(
+        p.q_view(), p.kv_b_view(), fovea::latent_kv(rows.data(), Format::f32, p.dims, 1, 18), out, ragged, form);
     INFO(status.message());
     REQUIRE(status.ok());
     CHECK(same_bits(got, paged));
@@ -554,8 +555,8 @@ TEST_CASE("MLA with windows, sinks, offsets and other alignments against the ref
   }
 }
 
-// Softcap, ALiBi, bias and keep change a score by at most what they change it from, and mask; 3 budgets leave room for their own
-// few roundings, which are u times numbers of the size of the score.
+// Softcap, ALiBi, bias and keep change a score by at most what they change it from, and mask; 3 budgets leave room for their
+// own few roundings, which are u times numbers of the size of the score.
 TEST_CASE("every other option reaches both forms of MLA alike", "[mla]") {
   Problem p(kSmall, {{3, 30}, {25, 28}}, Format::bf16, 81);
   const Wanted w = reference(p, p.options(), all_heads(p.dims));
@@ -621,8 +622,9 @@ TEST_CASE("a mixed cache of latents: first and recent tokens in 16 bit", "[mla]"
     for (index_t j = 0; j < p.len_k[static_cast<std::size_t>(s)]; ++j) {
       const index_t at = j < 2 ? j : j >= from[s] ? 2 + j - from[s] : -1;
       for (index_t d = 0; d < p.row_dim(); ++d)
-        row[static_cast<std::size_t>(d)] = at < 0 ? static_cast<float>(p.latent(s, j, d))
-                                                  : values[static_cast<std::size_t>(s * held + at)][static_cast<std::size_t>(d)];
+        row[static_cast<std::size_t>(d)] =
+            at < 0 ? static_cast<float>(p.latent(s, j, d))
+                   : values[static_cast<std::size_t>(s * held + at)][static_cast<std::size_t>(d)];
       fovea::quantise_row(Format::f32, row.data(), 1, p.row_dim(), nullptr, plain.row_at(s, j));
       if (at >= 0) std::memset(p.row_at(s, j), 0xff, static_cast<std::size_t>(p.row_bytes()));
     }
@@ -711,7 +713,8 @@ TEST_CASE("MLA refuses what does not fit, with the numbers, and writes nothing",
     options.scale = INFINITY;
     CHECK_THAT(message(q, kv_b, p.kv(), to, options, form), ContainsSubstring("scale inf"));
   }
-  CHECK_THAT(message(p.q_view(), p.kv_b_view(), p.kv(), to, p.options(), static_cast<MlaForm>(9)), ContainsSubstring("form is 9"));
+  CHECK_THAT(message(p.q_view(), p.kv_b_view(), p.kv(), to, p.options(), static_cast<MlaForm>(9)),
+             ContainsSubstring("form is 9"));
   fovea::MlaPlan plan;
   CHECK_THAT(std::string(make_plan(plan, {{1, 500, 100, 512, 64}, 1, 1, 1, Format::bf16}, {}).message()),
              ContainsSubstring("nope + rope 600, latent + rope 612, value 64"));

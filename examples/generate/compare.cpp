@@ -193,10 +193,9 @@ bool compare_formats(const Model& model, fovea::Executor executor) {
 std::optional<fovea::Tensor<const float>> dense(const fovea::Kv& kv, const fovea::Stored& stored, Index dim, Index len) {
   if (kv.home != fovea::Home::contiguous || kv.exact != nullptr || stored.format != fovea::Format::f32) return std::nullopt;
   constexpr Index number = sizeof(float);
-  return fovea::Tensor<const float>{
-      reinterpret_cast<const float*>(stored.data),
-      {kv.batch, kv.kv_heads, len, dim},
-      {stored.stride[0] / number, stored.stride[1] / number, stored.stride[2] / number, 1}};
+  return fovea::Tensor<const float>{reinterpret_cast<const float*>(stored.data),
+                                    {kv.batch, kv.kv_heads, len, dim},
+                                    {stored.stride[0] / number, stored.stride[1] / number, stored.stride[2] / number, 1}};
 }
 
 }   // namespace

@@ -85,8 +85,7 @@ class Engine {
       for (Index i = 0; i < logits_.rows(); ++i) {
         const Token next = tokens[first + static_cast<std::size_t>(i) + 1];
         const float top = logits_.row(i).maxCoeff();
-        nats += double{top} - double{logits_(i, next)} +
-                std::log((logits_.row(i).array() - top).cast<double>().exp().sum());
+        nats += double{top} - double{logits_(i, next)} + std::log((logits_.row(i).array() - top).cast<double>().exp().sum());
       }
     };
     const fovea::Status status = check_tokens(tokens.last(1));
@@ -101,7 +100,8 @@ class Engine {
   fovea::Status check_tokens(std::span<const Token> tokens) const {
     for (const Token token : tokens) {
       if (token >= 0 && token < c_.vocab) continue;
-      return fovea::Status::error(fovea::Code::invalid_argument, "token %d is not in the vocabulary of %td", token, c_.vocab);
+      return fovea::Status::error(fovea::Code::invalid_argument, "token %d is not in the vocabulary of %td", token,
+                                  c_.vocab);
     }
     return {};
   }
@@ -119,7 +119,8 @@ class Engine {
       const std::size_t most = std::min(kChunk, static_cast<std::size_t>(cache_.longest_step(position_)));
       const std::size_t len = std::min(most, tokens.size() - begin);
       if (fovea::Status status = run_chunk(tokens.subspan(begin, len)); !status.ok()) {
-        static_cast<void>(cache_.rewind(position_));   // what some layers have appended; its own refusal would hide the first
+        // What some layers have appended goes; a refusal of that (a ring that has turned) would hide the first one.
+        static_cast<void>(cache_.rewind(position_));
         return status;
       }
       after_chunk(begin);

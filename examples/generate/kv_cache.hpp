@@ -49,7 +49,7 @@ struct KvOptions {
   Index sinks = 4, window = 64;
 };
 
-// Cosines and sines of a run of positions. A step needs those of its own tokens only, so no table bounds how far a text goes.
+// Cosines and sines of a run of positions. A step needs those of its own tokens only, so no table ends before the text does.
 class Rope {
  public:
   Rope(Index head_dim, double theta)
@@ -71,17 +71,28 @@ class Rope {
   fovea::Status status_;
 };
 
+namespace detail {
+
+// Tokens a sequence has had, those a ring has dropped included.
+template <class Cache>
+Index seen(const Cache& cache) {
+  if constexpr (std::is_same_v<Cache, fovea::RingCache>) {
+    return cache.seen(0);
+  } else {
+    return cache.len(0);
+  }
+}
+
+}   // namespace detail
+
 class KvCache {
  public:
   explicit KvCache(const Config& config) : c_(config), sink_rope_(config.head_dim, config.rope_theta) {}
 
   fovea::Status create(const KvOptions& options) {
     options_ = options;
-    const fovea::CacheRows rows{.kv_heads = c_.kv_heads,
-                                .dim_qk = c_.head_dim,
-                                .dim_v = c_.head_dim,
-                                .k = options.format,
-                                .v = options.format};
+    const fovea::CacheRows rows{
+        .kv_heads = c_.kv_heads, .dim_qk = c_.head_dim, .dim_v = c_.head_dim, .k = options.format, .v = options.format};
     bytes_per_token_ = c_.layers * fovea::token_bytes(rows);
     row_.resize(static_cast<std::size_t>(c_.head_dim));
     turned_.assign(static_cast<std::size_t>(c_.layers), 0);
@@ -89,7 +100,8 @@ class KvCache {
       case KvHome::contiguous:
         return create_layers<fovea::ContiguousCache>(fovea::ContiguousCacheShape{.rows = rows, .slots = c_.context});
       case KvHome::paged: {
-        if (options.page_size < 1) return fovea::Status::error(fovea::Code::invalid_argument, "pages of %td", options.page_size);
+        if (options.page_size < 1)
+          return fovea::Status::error(fovea::Code::invalid_argument, "pages of %td", options.page_size);
         const Index pages = (c_.context + options.page_size - 1) / options.page_size;
         return create_layers<fovea::PagedCache>(
             fovea::PagedCacheShape{.rows = rows, .pages = pages, .page_size = options.page_size});
@@ -97,8 +109,8 @@ class KvCache {
       case KvHome::ring: {
         if (options.window > c_.context || options.sinks > c_.context - options.window) {
           return fovea::Status::error(fovea::Code::invalid_argument,
-                                      "%td sinks and a window of %td are more positions than the model's %td",
-                                      options.sinks, options.window, c_.context);
+                                      "%td sinks and a window of %td are more positions than the model's %td", options.sinks,
+                                      options.window, c_.context);
         }
         const fovea::Status status = create_layers<fovea::RingCache>(
             fovea::RingCacheShape{.rows = rows, .sinks = options.sinks, .window = options.window});
@@ -107,8 +119,8 @@ class KvCache {
         return status;
       }
       case KvHome::mixed:
-        return create_layers<fovea::MixedCache>(fovea::MixedCacheShape{
-            .rows = rows, .slots = c_.context, .sinks = options.sinks, .window = options.window});
+        return create_layers<fovea::MixedCache>(
+            fovea::MixedCacheShape{.rows = rows, .slots = c_.context, .sinks = options.sinks, .window = options.window});
     }
     return {};
   }
@@ -116,8 +128,8 @@ class KvCache {
   const KvOptions& options() const { return options_; }
   bool endless() const { return options_.home == KvHome::ring; }
 
-  // How many tokens may follow the first `seen` at once such that each reads what it would have read alone. Later tokens of a
-  // step would push a ring's oldest out, and a mixed cache's window on, before the earlier ones have read them.
+  // How many tokens may follow the first `seen` at once such that each reads what it would have read alone. Later tokens of
+  // a step would push a ring's oldest out, and a mixed cache's window on, before the earlier ones have read them.
   Index longest_step(Index seen) const {
     if (options_.home == KvHome::contiguous || options_.home == KvHome::paged) return c_.context;
     return std::max<Index>(options_.sinks + options_.window - seen, 1);
@@ -147,7 +159,7 @@ class KvCache {
   fovea::Status rewind(Index position) {
     const auto rewind_all = [&](auto& layers) -> fovea::Status {
       for (auto& cache : layers) {
-        const Index tokens = seen(cache) - position;
+        const Index tokens = detail::seen(cache) - position;
         if (tokens <= 0) continue;
         if (fovea::Status status = cache.truncate(0, tokens); !status.ok()) return status;
       }
@@ -180,15 +192,6 @@ class KvCache {
     }
     layers_ = std::move(layers);
     return {};
-  }
-
-  template <class Cache>
-  static Index seen(const Cache& cache) {
-    if constexpr (std::is_same_v<Cache, fovea::RingCache>) {
-      return cache.seen(0);
-    } else {
-      return cache.len(0);
-    }
   }
 
   // StreamingLLM counts positions by cache slots: sink i has position i, and every other token moves one slot down whenever

@@ -120,7 +120,8 @@ int main(int argc, char** argv) {
   std::vector<std::string> formats;
   for (const auto& named : generate::kv_formats) formats.emplace_back(named.first);
   app.add_option("--kv", format, "how the KV cache stores K and V")->check(CLI::IsMember(formats));
-  CLI::Option* const paged = app.add_flag("--paged{16}", kv.page_size, "keep the KV cache in pages: --paged or --paged=SIZE");
+  CLI::Option* const paged =
+      app.add_flag("--paged{16}", kv.page_size, "keep the KV cache in pages: --paged or --paged=SIZE");
   CLI::Option* const window =
       app.add_option("--window", kv.window, "keep only so many of the last tokens and the first, and write without end")
           ->check(CLI::Range(Index{1}, Index{1} << 20));

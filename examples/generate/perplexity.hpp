@@ -37,8 +37,8 @@ inline Result<Loss> loss_of(Engine& engine, const Model& model, const Tokenizer&
 
 // "bf16", "int8, pages of 16", "int4 between 4 + 64 bf16", "fp8, 4 sinks + 252"
 inline std::string describe(const KvOptions& kv) {
-  const auto* const named = std::find_if(kv_formats.begin(), kv_formats.end(),
-                                         [&](const auto& format) { return format.second == kv.format; });
+  const auto* const named =
+      std::find_if(kv_formats.begin(), kv_formats.end(), [&](const auto& format) { return format.second == kv.format; });
   std::string text = named == kv_formats.end() ? fovea::name_of(kv.format) : named->first;
   const std::string ends = std::to_string(kv.sinks) + " + " + std::to_string(kv.window);
   if (kv.home == KvHome::paged) text += ", pages of " + std::to_string(kv.page_size);

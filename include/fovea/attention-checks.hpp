@@ -224,6 +224,22 @@ inline Status check_innermost(const char* name, const Operand& tensor) {
                      tensor.stride[3]);
 }
 
+// The stride of an axis of extent 1 is never used, and other libraries leave anything there.
+template <class Shaped>
+Shaped tidy_operand(Shaped operand) {
+  for (std::size_t axis = 0; axis < 4; ++axis) {
+    if (operand.extent[axis] <= 1) operand.stride[axis] = 0;
+  }
+  return operand;
+}
+inline Kv tidy_kv(Kv kv) {
+  for (Stored* stored : {&kv.k, &kv.v}) {
+    if (kv.batch <= 1) stored->stride[0] = 0;
+    if (kv.kv_heads <= 1) stored->stride[1] = 0;
+    if (kv.len <= 1) stored->stride[2] = 0;
+  }
+  return kv;
+}
 struct OutputBytes {
   const char* name;
   Bytes bytes;
@@ -264,7 +280,7 @@ inline Status check_formats(const Kv& kv) {
     return invalid("fovea: k_channel_scale goes with format i8_channel, k is %s", name_of(kv.k.format));
   if (kv.k.format == Format::latent_fp8 && kv.dim_qk != kLatentFp8Dim)
     return invalid("fovea: a latent_fp8 row has %td numbers as k, dim_qk is %td", kLatentFp8Dim, kv.dim_qk);
-  if (kv.v.data == kv.k.data && kv.dim_v != kv.dim_qk && kv.k.format != Format::latent_fp8 && !is_plain(kv.k.format))
+  if (kv.v.data == kv.k.data && kv.k.data != nullptr && kv.dim_v != kv.dim_qk && kv.k.format != Format::latent_fp8 && !is_plain(kv.k.format))
     return unsupported("fovea: v cannot be the head of k in %s rows: their scales stand behind all of dim_qk %td",
                        name_of(kv.k.format), kv.dim_qk);
   if (kv.v.format == Format::latent_fp8 && kv.dim_v != kLatentFp8Values)
@@ -272,10 +288,10 @@ inline Status check_formats(const Kv& kv) {
   return {};
 }
 
-// Lengths have been checked to be there: one per sequence.
-inline Status check_pages(const Kv& kv, std::span<const index_t> len_k) {
+// The pages of the keys 0 .. keys_of(b) - 1 of each sequence.
+template <class KeysOf>
+Status check_pages(const Kv& kv, index_t sequences, const KeysOf& keys_of) {
   if (kv.len < 1) return invalid("fovea: a page holds %td positions, must be at least 1", kv.len);
-  const auto sequences = static_cast<index_t>(len_k.size());
   if (kv.block_table) {
     if (!kv.page_indices.empty() || !kv.page_begin.empty())
       return invalid("fovea: pages are listed twice, by block_table and by page_indices");
@@ -289,10 +305,10 @@ inline Status check_pages(const Kv& kv, std::span<const index_t> len_k) {
       return s;
   }
   for (index_t b = 0; b < sequences; ++b) {
-    const index_t used = (len_k[static_cast<std::size_t>(b)] + kv.len - 1) / kv.len;
+    const index_t keys = keys_of(static_cast<std::size_t>(b)), used = (keys + kv.len - 1) / kv.len;
     if (used > pages_of(kv, b))
-      return invalid("fovea: sequence %td has %td keys, %td pages of %td; its table lists %td", b,
-                     len_k[static_cast<std::size_t>(b)], used, kv.len, pages_of(kv, b));
+      return invalid("fovea: sequence %td has %td keys, %td pages of %td; its table lists %td", b, keys, used, kv.len,
+                     pages_of(kv, b));
     for (index_t page = 0; page < used; ++page) {
       const std::int32_t entry =
           kv.block_table ? kv.block_table.data[b * kv.block_table.stride[0] + page * kv.block_table.stride[1]]
@@ -326,17 +342,20 @@ inline Status check_exact(const Kv& kv, const AttentionOptions& o, index_t seque
   if (exact.kv_heads != kv.kv_heads || exact.dim_qk != kv.dim_qk || exact.dim_v != kv.dim_v)
     return invalid("fovea: the exact part has %td kv heads and dims %td/%td, the others %td and %td/%td", exact.kv_heads,
                    exact.dim_qk, exact.dim_v, kv.kv_heads, kv.dim_qk, kv.dim_v);
-  if (kv.k_channel_scale != nullptr)
+  if (kv.k_channel_scale != nullptr || exact.k_channel_scale != nullptr)
     return unsupported("fovea: scales per channel are folded into the query, so all keys of a call have them or none");
+  if (exact.home > Home::ring) return invalid("fovea: the exact part's home is %d, no value of the enum", static_cast<int>(exact.home));
   if (!o.cu_len_k.empty() || static_cast<index_t>(o.len_k.size()) != sequences)
     return invalid("fovea: a mixed cache needs len_k, one entry for each of %td sequences, and no cu_len_k", sequences);
   if (static_cast<index_t>(kv.exact_from.size()) != sequences || kv.exact_first < 0)
     return invalid("fovea: exact_from has %zu entries for %td sequences, exact_first is %td", kv.exact_from.size(), sequences,
                    kv.exact_first);
   for (std::size_t b = 0; b < kv.exact_from.size(); ++b) {
-    const index_t from = kv.exact_from[b], held = std::min(kv.exact_first, from) + o.len_k[b] - from;
-    if (from < 0 || from > o.len_k[b])
-      return invalid("fovea: exact_from[%zu] = %td is outside 0 .. %td, the keys in use", b, from, o.len_k[b]);
+    if (kv.exact_from[b] < 0 || kv.exact_from[b] > std::max(o.len_k[b], kv.exact_first))
+      return invalid("fovea: exact_from[%zu] = %td is outside 0 .. %td, the keys in use", b, kv.exact_from[b],
+                     std::max(o.len_k[b], kv.exact_first));
+    const index_t from = std::min(kv.exact_from[b], o.len_k[b]);
+    const index_t held = std::min(kv.exact_first, from) + o.len_k[b] - from;
     if (held > exact.len)
       return invalid("fovea: the exact part of sequence %zu would hold %td keys, it has %td positions", b, held, exact.len);
     if (kv.home != Home::paged && from > kv.exact_first && from > kv.len)
@@ -378,8 +397,10 @@ inline Status check_home(const Kv& kv, const AttentionShape& shape, const Attent
     if (Status s = check_exact(kv, o, sequences); !s.ok()) return s;
   }
   if (kv.home != Home::paged) return {};
-  // A mixed cache reads no pages behind exact_from.
-  return check_pages(kv, kv.exact != nullptr ? kv.exact_from : o.len_k);
+  return check_pages(kv, sequences, [&](std::size_t b) {
+    if (kv.exact == nullptr) return o.len_k[b];
+    return kv.exact_from[b] <= kv.exact_first ? 0 : std::min(kv.exact_from[b], o.len_k[b]);   // the others are exact keys
+  });
 }
 
 inline Status check_plain(const char* name, Format format) {
@@ -433,11 +454,20 @@ inline Status check_call(const Operand& q, const Kv& kv, const Result& out, cons
     const auto base = reinterpret_cast<std::uintptr_t>(span.data());
     return Bytes{base, base + span.size_bytes()};
   };
+  Bytes scale_bytes, table_bytes;
+  if (kv.k_channel_scale != nullptr) {
+    const auto base = reinterpret_cast<std::uintptr_t>(kv.k_channel_scale);
+    scale_bytes = {base, base + static_cast<std::uintptr_t>(kv.kv_heads * kv.dim_qk) * sizeof(float)};
+  }
+  if (Status s = check_data("block_table", kv.block_table, table_bytes); kv.block_table && !s.ok()) return s;
   const std::pair<const char*, Bytes> inputs[] = {{"q", q_bytes},
                                                   {"k", k_bytes},
                                                   {"v", v_bytes},
                                                   {"the exact k", exact_k_bytes},
                                                   {"the exact v", exact_v_bytes},
+                                                  {"k_channel_scale", scale_bytes},
+                                                  {"page_indices", span_bytes(kv.page_indices)},
+                                                  {"block_table", table_bytes},
                                                   {"bias", bias_bytes},
                                                   {"keep", keep_bytes},
                                                   {"alibi_slopes", span_bytes(o.alibi_slopes)},

@@ -126,22 +126,6 @@ inline Status check_planned_call(const Plan& plan, const Call& call) {
   return check_plan(plan, shape, call.options);
 }
 
-// The stride of an axis of extent 1 is never used, and other libraries leave anything there.
-template <class Shaped>
-Shaped tidy_operand(Shaped operand) {
-  for (std::size_t axis = 0; axis < 4; ++axis) {
-    if (operand.extent[axis] <= 1) operand.stride[axis] = 0;
-  }
-  return operand;
-}
-inline Kv tidy_kv(Kv kv) {
-  for (Stored* stored : {&kv.k, &kv.v}) {
-    if (kv.batch <= 1) stored->stride[0] = 0;
-    if (kv.kv_heads <= 1) stored->stride[1] = 0;
-    if (kv.len <= 1) stored->stride[2] = 0;
-  }
-  return kv;
-}
 inline Kv kv_of(const Operand& wide_k, const Operand& wide_v) {
   const Operand k = tidy_operand(wide_k), v = tidy_operand(wide_v);
   const index_t k_number = row_bytes(k.format, 1), v_number = row_bytes(v.format, 1);

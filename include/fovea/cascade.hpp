@@ -82,7 +82,15 @@ inline Status check_cascade(const Operand& q, std::span<const CascadeLevel> leve
   if ((o.causal != Causal::none || !o.tree.empty()) && static_cast<index_t>(levels.back().len_k.size()) != requests)
     return invalid("fovea: with causal or tree the last level has one group per request, it has %zu for %td",
                    levels.back().len_k.size(), requests);
-  return check_extents("out", out, {q.extent[0], q.extent[1], q.extent[2], levels[0].kv.dim_v}, "q and v");
+  if (!o.tree.empty() && static_cast<index_t>(o.tree.size()) != q.extent[2])
+    return invalid("fovea: tree has %zu words for %td queries", o.tree.size(), q.extent[2]);
+  // The levels run into memory of the door's own, so their checks do not see out and lse.
+  AttentionOptions outputs;
+  outputs.lse = o.lse;
+  for (const CascadeLevel& level : levels) {
+    if (Status s = check_call(tidy_operand(q), tidy_kv(level.kv), tidy_operand(out), outputs); !s.ok()) return s;
+  }
+  return {};
 }
 
 }   // namespace door
@@ -112,6 +120,7 @@ Status cascade_attention(const Operand& all_q, std::span<const CascadeLevel> lev
     step.cu_len_q = memory.cu_len_q;
     step.len_k = level.len_k;
     step.lse = lse_at(l == 0 ? 0 : 1);
+    if (!step.tree.empty()) step.tree = step.tree.first(static_cast<std::size_t>(total));
     if (!last) {
       step.causal = Causal::none;
       step.tree = {};

@@ -2,6 +2,8 @@
 // Everything. A map of the library, floor by floor; a file includes only its own floor and lower ones:
 //   attention.hpp    front door 1: exact softmax attention
 //   cascade.hpp      the same over prefixes that several requests share
+//   mla.hpp          multi-head latent attention (DeepSeek, Kimi): expanded and absorbed
+//   modules/         a layer around a mechanism: projections, norms, cache; weights as views (not included here)
 //   cache/           containers that own KV memory (not included here: an engine picks one)
 //   mechanisms/      one file each: a choice of policies on an engine
 //   engine/          the tile engine, its plan and its concepts; parts/ holds the standard policies
@@ -12,3 +14,4 @@
 #pragma once
 #include "attention.hpp"
 #include "cascade.hpp"
+#include "mla.hpp"

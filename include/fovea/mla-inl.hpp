@@ -41,14 +41,19 @@ inline Status check_mla_format(Format format, const MlaDims& dims) {
 }
 
 inline AttentionShape latent_shape(const MlaShape& shape) {
-  return {shape.batch, shape.dims.heads,        1, shape.len_q, shape.len_k, mla_key_dim(shape.dims),
+  return {shape.batch,
+          shape.dims.heads,
+          1,
+          shape.len_q,
+          shape.len_k,
+          mla_key_dim(shape.dims),
           latent_value_dim(shape.latents, shape.dims)};
 }
 
 // A mask from query and key `q_first`, `k_first` on, of one head range and one sequence where those axes are not shared.
 template <class T>
-View<const T, 4> cut_mask(View<const T, 4> mask, std::optional<index_t> sequence, index_t head, index_t heads, index_t q_first,
-                          index_t k_first) {
+View<const T, 4> cut_mask(View<const T, 4> mask, std::optional<index_t> sequence, index_t head, index_t heads,
+                          index_t q_first, index_t k_first) {
   if (!mask) return mask;
   const auto cut = [&](std::size_t axis, index_t first, index_t count) {
     if (mask.extent[axis] == 1 && axis != 3) return;
@@ -62,7 +67,8 @@ View<const T, 4> cut_mask(View<const T, 4> mask, std::optional<index_t> sequence
   return mask;
 }
 
-inline AttentionOptions absorbed_options(const MlaPlan& plan, const MlaPlan::Absorbed& step, const AttentionOptions& options) {
+inline AttentionOptions absorbed_options(const MlaPlan& plan, const MlaPlan::Absorbed& step,
+                                         const AttentionOptions& options) {
   AttentionOptions o = options;
   o.scale = plan.scale;
   o.q_offset = step.q_offset;
@@ -178,12 +184,9 @@ inline MlaPlan::Cost mla_cost(const MlaPlan& plan, const Sequence& s) {
   const auto heads = static_cast<double>(d.heads), change = 2. * static_cast<double>(d.latent * (d.nope + d.value));
   const index_t keys = std::max<index_t>(last - first, 0);
   MlaPlan::Cost cost{plan.wanted, keys == 0 ? 0 : first, keys == 0 ? 0 : last, 0, 0};
-  cost.absorbed =
-      heads * (2 * pairs * static_cast<double>(2 * d.latent + d.rope) + change * static_cast<double>(s.len_q));
-  cost.expanded =
-      heads * (2 * pairs * static_cast<double>(d.nope + d.rope + d.value) + change * static_cast<double>(keys));
-  if (plan.wanted == MlaForm::automatic)
-    cost.form = cost.absorbed <= cost.expanded ? MlaForm::absorbed : MlaForm::expanded;
+  cost.absorbed = heads * (2 * pairs * static_cast<double>(2 * d.latent + d.rope) + change * static_cast<double>(s.len_q));
+  cost.expanded = heads * (2 * pairs * static_cast<double>(d.nope + d.rope + d.value) + change * static_cast<double>(keys));
+  if (plan.wanted == MlaForm::automatic) cost.form = cost.absorbed <= cost.expanded ? MlaForm::absorbed : MlaForm::expanded;
   return cost;
 }
 
@@ -262,7 +265,8 @@ inline Status make_plan(MlaPlan& plan, const MlaShape& shape, const AttentionOpt
     if (plan.costs[b].form != MlaForm::expanded || place.len_q == 0) continue;
     MlaPlan::Expanded step{static_cast<index_t>(b), place.pos - plan.costs[b].k_begin, 0, {}, {}};
     const index_t keys = door::keys_of(plan, step);
-    const index_t head_bytes = std::max<index_t>(keys * (dims.nope + dims.rope + dims.value), 1) * door::expanded_bytes(plan);
+    const index_t head_bytes =
+        std::max<index_t>(keys * (dims.nope + dims.rope + dims.value), 1) * door::expanded_bytes(plan);
     step.heads = std::clamp<index_t>(kMlaBytes / head_bytes, 1, dims.heads);
     const auto plan_heads = [&](Plan& inner, index_t heads) {
       return make_plan(inner, {1, heads, heads, place.len_q, keys, dims.nope + dims.rope, dims.value},
@@ -405,8 +409,8 @@ inline MlaShape mla_shape(const MlaDims& dims, const Operand& q, const Kv& laten
 }
 
 // Everything that could go wrong, before anything is written.
-inline Status check_mla(const Operand& q, const Operand& kv_b, const Latents& latents, const Result& out, const MlaDims& dims,
-                        const AttentionOptions& o, LatentReader read, LatentReader read_exact) {
+inline Status check_mla(const Operand& q, const Operand& kv_b, const Latents& latents, const Result& out,
+                        const MlaDims& dims, const AttentionOptions& o, LatentReader read, LatentReader read_exact) {
   const Kv& kv = latents.kv;
   Bytes q_bytes, weight_bytes, k_bytes, exact_bytes, out_bytes, lse_bytes;
   if (Status s = check_plain("q", q.format); !s.ok()) return s;
@@ -418,23 +422,27 @@ inline Status check_mla(const Operand& q, const Operand& kv_b, const Latents& la
   if (Status s = check_data("out", out, out_bytes); !s.ok()) return s;
   if (Status s = check_innermost("kv_b", kv_b); !s.ok()) return s;
   if (kv_b.extent[0] != 1 || kv_b.extent[1] != q.extent[1])
-    return invalid("fovea: mla: kv_b is [%td, %td, %td, %td], q has %td heads; kv_b must be [1, heads, nope + value, latent]",
-                   kv_b.extent[0], kv_b.extent[1], kv_b.extent[2], kv_b.extent[3], q.extent[1]);
+    return invalid(
+        "fovea: mla: kv_b is [%td, %td, %td, %td], q has %td heads; kv_b must be [1, heads, nope + value, latent]",
+        kv_b.extent[0], kv_b.extent[1], kv_b.extent[2], kv_b.extent[3], q.extent[1]);
   if (dims.nope < 1 || dims.rope < 0 || kv.dim_qk != mla_key_dim(dims) || kv.kv_heads != 1)
-    return invalid("fovea: mla: kv_b has %td rows of %td, out dim %td, q dim %td: nope %td, rope %td, so latents must have 1 head "
-                   "of %td numbers, they have %td of %td",
-                   kv_b.extent[2], kv_b.extent[3], out.extent[3], q.extent[3], dims.nope, dims.rope, mla_key_dim(dims),
-                   kv.kv_heads, kv.dim_qk);
+    return invalid(
+        "fovea: mla: kv_b has %td rows of %td, out dim %td, q dim %td: nope %td, rope %td, so latents must have 1 head "
+        "of %td numbers, they have %td of %td",
+        kv_b.extent[2], kv_b.extent[3], out.extent[3], q.extent[3], dims.nope, dims.rope, mla_key_dim(dims), kv.kv_heads,
+        kv.dim_qk);
   if (Status s = check_mla_dims(dims); !s.ok()) return s;
   if (Status s = check_mla_format(kv.k.format, dims); !s.ok()) return s;
-  if (Status s = check_extents("out", out, {q.extent[0], q.extent[1], q.extent[2], dims.value}, "q and kv_b"); !s.ok()) return s;
+  if (Status s = check_extents("out", out, {q.extent[0], q.extent[1], q.extent[2], dims.value}, "q and kv_b"); !s.ok())
+    return s;
   if (!writes_apart(out))
     return invalid("fovea: out overlaps itself: extents [%td, %td, %td, %td], strides [%td, %td, %td, %td]", out.extent[0],
                    out.extent[1], out.extent[2], out.extent[3], out.stride[0], out.stride[1], out.stride[2], out.stride[3]);
   if (Status s = check_stored("latents", kv, kv.k, kv.dim_qk, k_bytes); !s.ok()) return s;
   if (kv.exact != nullptr) {
     if (Status s = check_mla_format(latents.exact.k.format, dims); !s.ok()) return s;
-    if (Status s = check_stored("the exact latents", latents.exact, latents.exact.k, latents.exact.dim_qk, exact_bytes); !s.ok())
+    if (Status s = check_stored("the exact latents", latents.exact, latents.exact.k, latents.exact.dim_qk, exact_bytes);
+        !s.ok())
       return s;
   }
   if (read == nullptr || read_exact == nullptr)
@@ -449,7 +457,8 @@ inline Status check_mla(const Operand& q, const Operand& kv_b, const Latents& la
       return invalid("fovea: lse is [%td, %td, %td], must be [%td, %td, %td]", o.lse.extent[0], o.lse.extent[1],
                      o.lse.extent[2], q.extent[0], q.extent[1], q.extent[2]);
     if (!writes_apart(o.lse))
-      return invalid("fovea: lse overlaps itself: strides [%td, %td, %td]", o.lse.stride[0], o.lse.stride[1], o.lse.stride[2]);
+      return invalid("fovea: lse overlaps itself: strides [%td, %td, %td]", o.lse.stride[0], o.lse.stride[1],
+                     o.lse.stride[2]);
     if (Status s = check_apart({"out", out_bytes}, "lse", lse_bytes); !s.ok()) return s;
   }
   const auto span_bytes = [](const auto& span) {
@@ -484,18 +493,20 @@ inline Status check_mla(const Operand& q, const Operand& kv_b, const Latents& la
 inline Status check_mla_plan(const MlaPlan& plan, const MlaDims& dims, const Operand& q, const Latents& latents,
                              const AttentionOptions& o) {
   const MlaDims& d = plan.shape.dims;
-  if (d.heads != dims.heads || d.nope != dims.nope || d.rope != dims.rope || d.latent != dims.latent || d.value != dims.value ||
-      plan.value_dim != latents.value_dim)
-    return invalid("fovea: mla: the plan is for %td heads, dims %td + %td, %td, %td over %s; the call has %td heads, %td + %td, "
-                   "%td, %td over %s",
-                   d.heads, d.nope, d.rope, d.latent, d.value, name_of(plan.shape.latents), dims.heads, dims.nope, dims.rope,
-                   dims.latent, dims.value, name_of(latents.kv.k.format));
+  if (d.heads != dims.heads || d.nope != dims.nope || d.rope != dims.rope || d.latent != dims.latent ||
+      d.value != dims.value || plan.value_dim != latents.value_dim)
+    return invalid(
+        "fovea: mla: the plan is for %td heads, dims %td + %td, %td, %td over %s; the call has %td heads, %td + %td, "
+        "%td, %td over %s",
+        d.heads, d.nope, d.rope, d.latent, d.value, name_of(plan.shape.latents), dims.heads, dims.nope, dims.rope,
+        dims.latent, dims.value, name_of(latents.kv.k.format));
   const float scale = o.scale ? *o.scale : mla_scale(dims);
   const Reach reach = reach_of(o);
-  if (!(plan.scale == scale) || plan.reach.left != reach.left || plan.reach.right != reach.right || plan.regime != o.regime ||
-      plan.panels != o.panels || plan.tree != !o.tree.empty())
-    return invalid("fovea: mla: the plan was made with another scale (%g against %g), window, causal, tree, regime or panels",
-                   static_cast<double>(plan.scale), static_cast<double>(scale));
+  if (!(plan.scale == scale) || plan.reach.left != reach.left || plan.reach.right != reach.right ||
+      plan.regime != o.regime || plan.panels != o.panels || plan.tree != !o.tree.empty())
+    return invalid(
+        "fovea: mla: the plan was made with another scale (%g against %g), window, causal, tree, regime or panels",
+        static_cast<double>(plan.scale), static_cast<double>(scale));
   AttentionShape shape = shape_of(q, latents.kv, o);
   if (static_cast<index_t>(plan.sequences.size()) != count_sequences(shape, o))
     return invalid("fovea: mla: the plan is for %zu sequences, the call has %td", plan.sequences.size(),
@@ -503,9 +514,10 @@ inline Status check_mla_plan(const MlaPlan& plan, const MlaDims& dims, const Ope
   for (std::size_t b = 0; b < plan.sequences.size(); ++b) {
     const Sequence &planned = plan.sequences[b], called = sequence_of(shape, o, static_cast<index_t>(b));
     if (planned != called)
-      return invalid("fovea: mla: sequence %zu is planned as %td queries from position %td and %td keys, the call has %td, %td, "
-                     "%td",
-                     b, planned.len_q, planned.pos, planned.len_k, called.len_q, called.pos, called.len_k);
+      return invalid(
+          "fovea: mla: sequence %zu is planned as %td queries from position %td and %td keys, the call has %td, %td, "
+          "%td",
+          b, planned.len_q, planned.pos, planned.len_k, called.len_q, called.pos, called.len_k);
   }
   return {};
 }
@@ -562,7 +574,9 @@ Status run_absorbed(const MlaPlan& plan, const MlaPlan::Absorbed& step, const Ml
     project_task(
         task % leave, tokens, rows_of(matrix_of(call.kv_b, head), dims.nope, dims.value), Weights::by_output,
         project_memory(memory.scratch, memory.lane_bytes, lane, tokens),
-        [&](index_t token, index_t d, index_t count, float* row) { std::copy_n(from_z + token * value_dim + d, count, row); },
+        [&](index_t token, index_t d, index_t count, float* row) {
+          std::copy_n(from_z + token * value_dim + d, count, row);
+        },
         [&](index_t token, index_t n, index_t count, const float* from) {
           const auto t = static_cast<std::size_t>(token);
           const auto& stride = call.out.stride;
@@ -627,7 +641,8 @@ inline Status run_expanded(const MlaPlan& plan, const MlaPlan::Expanded& step, c
     q.data += (place.batch * q.stride[0] + head * q.stride[1] + place.q_begin * q.stride[2]) * row_bytes(q.format, 1);
     q.extent = {1, heads, place.len_q, wide};
     Result out = call.out;
-    out.data += (place.batch * out.stride[0] + head * out.stride[1] + place.q_begin * out.stride[2]) * row_bytes(out.format, 1);
+    out.data +=
+        (place.batch * out.stride[0] + head * out.stride[1] + place.q_begin * out.stride[2]) * row_bytes(out.format, 1);
     out.extent = {1, heads, place.len_q, dims.value};
     Kv kv;
     kv.k = stored_rows(memory.k, format, wide, heads, keys);
@@ -636,7 +651,8 @@ inline Status run_expanded(const MlaPlan& plan, const MlaPlan::Expanded& step, c
     kv.dim_qk = wide;
     kv.dim_v = dims.value;
     kv.len = keys;
-    if (Status status = attention<Formats<Format::f32, Format::bf16>>(inner, q, kv, out, options); !status.ok()) return status;
+    if (Status status = attention<Formats<Format::f32, Format::bf16>>(inner, q, kv, out, options); !status.ok())
+      return status;
   }
   return {};
 }

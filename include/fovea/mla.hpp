@@ -2,9 +2,10 @@
 // Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; V3, Kimi K2) over a latent cache: one row [c | k_pe] a token
 // for all heads, in any format and home of core/kv.hpp (latent_kv, latent_pages of core/mla.hpp, a container of cache/).
 //
-//   expanded   k_h = [W_UK_h c | k_pe], v_h = W_UV_h c are made for every head, then attention with dims nope + rope and value
-//   absorbed   q_h . [W_UK_h c | k_pe] = [W_UK_h' q_nope_h | q_pe_h] . [c | k_pe]: attention over the cached rows themselves,
-//              one kv head, V their first numbers; out_h = W_UV_h z_h
+//   expanded   k_h = [W_UK_h c | k_pe] and v_h = W_UV_h c are made for every head, then attention with dims nope + rope and
+//              value
+//   absorbed   q_h . [W_UK_h c | k_pe] = [W_UK_h' q_nope_h | q_pe_h] . [c | k_pe]: attention over the cached rows
+//              themselves, one kv head, V their first numbers; out_h = W_UV_h z_h
 //
 // Equal up to rounding. Expanded costs 3.4 times less per query and key (DeepSeek's dims) and 2 latent (nope + value) flops
 // per key and head to expand; absorbed the same per query. Each sequence takes the cheaper form by its own lengths: some 128
@@ -13,6 +14,7 @@
 //   fovea::Status s = fovea::mla<Formats<Format::bf16>>(q, kv_b, cache.batch().kv, out,
 //                                                       {.scale = scale, .causal = Causal::bottom_right, .len_k = lengths});
 #pragma once
+#include <string>
 #include <vector>
 
 #include "attention.hpp"
@@ -37,8 +39,8 @@ inline namespace FOVEA_ARCH {
 struct MlaPlan {
   struct Cost {
     MlaForm form;
-    index_t k_begin, k_end;        // keys in reach of any query: what the expanded form makes
-    double absorbed, expanded;     // flops
+    index_t k_begin, k_end;      // keys in reach of any query: what the expanded form makes
+    double absorbed, expanded;   // flops
   };
   // Queries [q_first, q_first + q_count) of a sequence, the rows behind one another in the step's tensors.
   struct Piece {
@@ -78,11 +80,12 @@ struct MlaPlan {
 };
 
 // Validates, plans and runs.
-// Shapes     q [batch, head, len_q, nope + rope], its last numbers rotated; kv_b [1, head, nope + value, latent], W_UK_h above
-//            W_UV_h (a checkpoint's kv_b_proj [head * (nope + value), latent] as it lies); latents.dim_qk = latent + rope,
-//            kv_heads 1; what latents says about V is not used; out [batch, head, len_q, value].
-// Types      q and out f32, bf16, f16 or f64; kv_b f32, bf16 or f16 with innermost stride 1; latents any format but i8_channel.
-//            Projections are fp32 sums; Panels::bf16 concerns the attention within and rounds expanded keys and values too.
+// Shapes     q [batch, head, len_q, nope + rope], its last numbers rotated; kv_b [1, head, nope + value, latent], W_UK_h
+//            above W_UV_h (a checkpoint's kv_b_proj [head * (nope + value), latent] as it lies); latents.dim_qk = latent +
+//            rope, kv_heads 1; what latents says about V is not used; out [batch, head, len_q, value].
+// Types      q and out f32, bf16, f16 or f64; kv_b f32, bf16 or f16 with innermost stride 1; latents any format but
+//            i8_channel. Projections are fp32 sums; Panels::bf16 concerns the attention within and rounds expanded keys and
+//            values too.
 // Options    as for attention, all of them; scale is (nope + rope)^-0.5 if absent (mla_scale has YaRN's mscale).
 // Memory     absorbed: a query and an output row of latent dims per query and head, at most 64 MiB of queries at a time;
 //            expanded: the keys and values of as many heads as fit 64 MiB, of at least one head.

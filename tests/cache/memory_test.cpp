@@ -6,13 +6,13 @@
 
 #include "catch_compat.hpp"
 
-using fovea::Block;
+using fovea::MemoryBlock;
 
 TEST_CASE("a block starts at a cache line, a large one at a huge page, and is writable to its last byte", "[cache]") {
   for (const std::size_t size : {std::size_t{1}, std::size_t{100}, (std::size_t{2} << 20) - 1, std::size_t{2} << 20,
                                  (std::size_t{4} << 20) + 12345}) {
     CAPTURE(size);
-    Block block;
+    MemoryBlock block;
     REQUIRE(block.allocate(size).ok());
     CHECK(block.size() == size);
     CHECK(reinterpret_cast<std::uintptr_t>(block.data()) % (size >= std::size_t{2} << 20 ? std::size_t{2} << 20 : 64) == 0);
@@ -22,14 +22,14 @@ TEST_CASE("a block starts at a cache line, a large one at a huge page, and is wr
 }
 
 TEST_CASE("a moved block is owned once", "[cache]") {
-  Block first;
+  MemoryBlock first;
   REQUIRE(first.allocate(1000).ok());
   std::byte* const data = first.data();
-  Block second(std::move(first));
+  MemoryBlock second(std::move(first));
   CHECK(first.data() == nullptr);
   CHECK(first.size() == 0);
   CHECK(second.data() == data);
-  Block third;
+  MemoryBlock third;
   REQUIRE(third.allocate(10).ok());
   third = std::move(second);
   CHECK(third.data() == data);
@@ -65,7 +65,7 @@ TEST_CASE("an owned state that was moved from is empty", "[cache]") {
 #endif
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(FOVEA_TEST_SANITIZED)
 TEST_CASE("memory the system has not got is a status, and the block keeps what it had", "[cache]") {
-  Block block;
+  MemoryBlock block;
   REQUIRE(block.allocate(100).ok());
   std::byte* const data = block.data();
   const fovea::Status status = block.allocate(std::size_t{1} << 47);

@@ -78,7 +78,7 @@ TEST_CASE("a row store: every slot has its own bytes, in both layouts", "[cache]
       const index_t blocks = 2, slots = 5;
       fovea::Bump counting;
       fovea::RowStore(counting, rows, blocks, slots, layout, true);
-      fovea::Block block;
+      fovea::MemoryBlock block;
       REQUIRE(block.allocate(counting.used()).ok());
       fovea::Bump taking(block.data());
       const fovea::RowStore store(taking, rows, blocks, slots, layout, true);

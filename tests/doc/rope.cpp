@@ -15,8 +15,9 @@ int main() {
 
   std::vector<double> inv_freq(64);
   float attention_factor = 0;
-  fovea::rope_frequencies({.rotary_dim = 128, .base = 5e5, .scaling = fovea::RopeScaling::llama3, .factor = 8,
-                           .original_len = 8192}, inv_freq, attention_factor).or_throw();
+  const fovea::RopeOptions options{
+      .rotary_dim = 128, .base = 5e5, .scaling = fovea::RopeScaling::llama3, .factor = 8, .original_len = 8192};
+  fovea::rope_frequencies(options, inv_freq, attention_factor).or_throw();
   std::vector<float> memory(static_cast<std::size_t>(fovea::rope_table_floats(len, 128)));
   fovea::RopeTable table;
   fovea::make_rope_table(table, inv_freq, attention_factor, 0, len, memory).or_throw();

@@ -255,9 +255,9 @@ double half_step(fovea::Format format) {
   }
 }
 
-// What a format may move a logit by, and what it moves at least one of many by, unless the cache holds something else. In both
-// models here logits differ by 1.3 to 5.4 half steps at most, which is measured, not derived: a logit depends on some
-// thousand stored numbers that err independently.
+// What a format may move a logit by, and what it moves at least one of many by, unless the cache holds something else. The
+// largest difference is 1.3 to 5.4 half steps, depending on format and model: measured, not derived. A logit depends on some
+// thousand stored numbers that err independently, so neither factor is a theorem.
 void check_error(double largest, fovea::Format format) {
   CHECK(largest < 10 * half_step(format));
   CHECK(largest > 0.5 * half_step(format));
@@ -752,7 +752,8 @@ TEST_CASE("a cache that cannot be is told by the first step, and a failed step l
     return generate::Engine(*model, generate::fovea_attention(), {}, kv).forward(tokens).error;
   };
   using Catch::Matchers::ContainsSubstring;
-  CHECK_THAT(refusal({.home = generate::KvHome::ring, .sinks = 4, .window = 21}), ContainsSubstring("4 sinks and a window of 21"));
+  CHECK_THAT(refusal({.home = generate::KvHome::ring, .sinks = 4, .window = 21}),
+             ContainsSubstring("4 sinks and a window of 21"));
   CHECK_THAT(refusal({.home = generate::KvHome::ring, .sinks = -1, .window = 8}), ContainsSubstring("-1 sinks"));
   CHECK_THAT(refusal({.home = generate::KvHome::ring, .sinks = 0, .window = 0}), ContainsSubstring("window of 0"));
   CHECK_THAT(refusal({.home = generate::KvHome::paged, .page_size = 0}), ContainsSubstring("pages of 0"));
@@ -760,8 +761,8 @@ TEST_CASE("a cache that cannot be is told by the first step, and a failed step l
   CHECK_THAT(refusal({.home = generate::KvHome::mixed, .window = 0}), ContainsSubstring("window of 0"));
   CHECK_THAT(refusal({.format = fovea::Format::e5m2}), ContainsSubstring("e5m2"));   // a format it is not compiled for
 
-  for (const generate::KvHome home : {generate::KvHome::contiguous, generate::KvHome::paged, generate::KvHome::ring,
-                                      generate::KvHome::mixed}) {
+  for (const generate::KvHome home :
+       {generate::KvHome::contiguous, generate::KvHome::paged, generate::KvHome::ring, generate::KvHome::mixed}) {
     const generate::KvOptions kv{.format = fovea::Format::i8_token, .home = home, .sinks = 2, .window = 14};
     generate::Engine fresh(*model, generate::fovea_attention(), {}, kv);
     const auto expected = all_logits(fresh, tokens, tokens.size());
@@ -858,7 +859,8 @@ TEST_CASE("the trained model through every format and every home", "[generate][k
 TEST_CASE("what bf16 and int8 cost in perplexity on text the model has not seen", "[generate][kv][golden]") {
   const Trained trained = Trained::load();
 #if defined(FOVEA_CHECKED)
-  const std::string text = trained.held_out.substr(0, 4096);   // all of it takes -Og ten seconds per format, sanitizers minutes
+  // All of it takes some seconds per format at -Og, minutes with sanitizers.
+  const std::string text = trained.held_out.substr(0, 4096);
 #else
   const std::string& text = trained.held_out;
 #endif

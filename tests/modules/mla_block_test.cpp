@@ -55,8 +55,8 @@ struct Layer {
   MlaDims dims;
   index_t model;
   Matrix q_a, q_norm, q_b, kv_a, kv_norm, kv_b, o;
-  fovea::RopeOptions rope{.base = 10000, .scaling = fovea::RopeScaling::yarn, .factor = 40, .original_len = 4096,
-                          .attention_factor = 1};
+  fovea::RopeOptions rope{
+      .base = 10000, .scaling = fovea::RopeScaling::yarn, .factor = 40, .original_len = 4096, .attention_factor = 1};
   std::vector<float> table_memory;
   fovea::MlaBlock block;
   fovea::reference::MlaLayer exact;
@@ -85,8 +85,8 @@ struct Layer {
     block.weights = {q_a.view(), q_norm.view(), q_b.view(), kv_a.view(), kv_norm.view(), kv_b.view(dims.heads), o.view()};
     block.layout = layout;
     block.scale = fovea::mla_scale(dims, fovea::yarn_mscale(40, 1));
-    exact = {dims, q_a.exact, q_norm.exact, q_b.exact, kv_a.exact, kv_norm.exact, kv_b.exact, o.exact, rope, layout,
-             double{block.scale}, 1e-6};
+    exact = {dims,       q_a.exact, q_norm.exact, q_b.exact, kv_a.exact,          kv_norm.exact,
+             kv_b.exact, o.exact,   rope,         layout,    double{block.scale}, 1e-6};
   }
 };
 
@@ -146,8 +146,8 @@ MlaMatrix stored(const Cache& cache, index_t sequence) {
 
 // Numbers of size 1 pass four projections in a row, whose sums have up to 2048 terms of both signs, norms and a softmax of
 // scores up to 10 or so. Roundings of sums with random signs grow like the square root of their terms: sqrt(2048) u = 2.7e-6
-// each, and an error of a score is an equal relative error of a weight. 1e-4 of the largest output is 10 times all of that and
-// a hundredth of what the smallest slip costs (measured below: more than 1e-2).
+// each, and an error of a score is an equal relative error of a weight. 1e-4 of the largest output is 10 times all of that
+// and a hundredth of what the smallest slip costs (measured below: more than 1e-2).
 constexpr double kLimit = 1e-4;
 
 }   // namespace
@@ -195,8 +195,9 @@ TEST_CASE("the MLA layer on a ragged batch over pages, both forms, any number of
   std::vector<std::vector<float>> results;
   for (const fovea::MlaForm form : {fovea::MlaForm::absorbed, fovea::MlaForm::expanded, fovea::MlaForm::absorbed}) {
     fovea::PagedCache cache;
-    REQUIRE(cache.create({.rows = cache_rows(dims, Format::bf16), .pages = 12, .page_size = 4, .sequences = 4, .poison = true})
-                .ok());
+    REQUIRE(
+        cache.create({.rows = cache_rows(dims, Format::bf16), .pages = 12, .page_size = 4, .sequences = 4, .poison = true})
+            .ok());
     for (index_t s = 0; s < 4; ++s) {
       index_t number = -1;
       REQUIRE(cache.create_sequence(&number).ok());
@@ -219,8 +220,8 @@ TEST_CASE("the MLA layer on a ragged batch over pages, both forms, any number of
       std::vector<index_t> positions;
       for (index_t i = 0; i < count; ++i) positions.push_back(old[s] + i);
       const std::vector<float> own(y.begin() + first * 48, y.begin() + (first + count) * 48);
-      CHECK(difference(own, fovea::reference::mla_layer(layer.exact, rows_of(x, first, count), positions, stored(cache, s))) <
-            kLimit);
+      CHECK(difference(own, fovea::reference::mla_layer(layer.exact, rows_of(x, first, count), positions,
+                                                        stored(cache, s))) < kLimit);
     }
   }
   CHECK(std::memcmp(results[0].data(), results[2].data(), 4 * results[0].size()) == 0);
@@ -272,7 +273,8 @@ TEST_CASE("an MLA layer that is refused leaves its cache and output alone", "[ml
   Layer layer(dims, 48, 32, 3);
   using Catch::Matchers::ContainsSubstring;
   fovea::PagedCache cache;
-  REQUIRE(cache.create({.rows = cache_rows(dims, Format::bf16), .pages = 3, .page_size = 2, .sequences = 2, .poison = true}).ok());
+  REQUIRE(cache.create({.rows = cache_rows(dims, Format::bf16), .pages = 3, .page_size = 2, .sequences = 2, .poison = true})
+              .ok());
   index_t number = -1;
   REQUIRE(cache.create_sequence(&number).ok());
   std::vector<float> y;

@@ -69,8 +69,7 @@ struct Memory {
 std::vector<float> product(const Operand& a, const Operand& b, Weights order, index_t columns) {
   Memory memory(a.extent[2]);
   std::vector<float> c(static_cast<std::size_t>(a.extent[2] * columns), test::canary());
-  const fovea::Status status =
-      project_rows(a, b, order, fovea::bhsd(c.data(), 1, 1, a.extent[2], columns), memory.memory);
+  const fovea::Status status = project_rows(a, b, order, fovea::bhsd(c.data(), 1, 1, a.extent[2], columns), memory.memory);
   INFO(status.message());
   REQUIRE(status.ok());
   CHECK(memory.bytes.guards_intact());
@@ -119,8 +118,7 @@ TEST_CASE("the bits of a row do not depend on the rows beside it, nor on how the
   const Stored a(Format::f32, rows, depth, 3), b(Format::bf16, columns, depth, 4);
   Stored turned(Format::bf16, depth, columns, 5);
   for (index_t n = 0; n < columns; ++n) {
-    for (index_t k = 0; k < depth; ++k)
-      std::memcpy(turned.at(k, n), b.bytes.data() + (n * b.stride + k) * 2, 2);
+    for (index_t k = 0; k < depth; ++k) std::memcpy(turned.at(k, n), b.bytes.data() + (n * b.stride + k) * 2, 2);
   }
   const std::vector<float> all = product(a.view(), b.view(), Weights::by_output, columns);
   CHECK(std::memcmp(all.data(), product(a.view(), turned.view(), Weights::by_input, columns).data(), all.size() * 4) == 0);

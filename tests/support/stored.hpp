@@ -2,6 +2,7 @@
 // Keys and values in any format and any home, exact-size and poisoned, and what attention over them must come to.
 #pragma once
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -29,8 +30,9 @@ using fovea::Window;
 
 inline constexpr std::byte kPoison{0xff};   // NaN in every floating format and in every scale
 inline constexpr Format kAllFormats[fovea::kFormats] = {
-    Format::f32,    Format::f64,    Format::bf16,        Format::f16,         Format::i8_token, Format::i8_channel, Format::i4_g32,
-    Format::i4_g64, Format::i4_g32_zero, Format::i4_g64_zero, Format::e4m3,     Format::e5m2,       Format::latent_fp8};
+    Format::f32,        Format::f64,    Format::bf16,      Format::f16,         Format::i8_token,
+    Format::i8_channel, Format::i4_g32, Format::i4_g64,    Format::i4_g32_zero, Format::i4_g64_zero,
+    Format::e4m3,       Format::e5m2,   Format::latent_fp8};
 
 inline const char* regime_name(Regime regime) {
   constexpr const char* names[] = {"automatic", "prefill", "decode", "wide_decode"};
@@ -56,8 +58,6 @@ inline std::vector<float> random_numbers(std::uint64_t seed, index_t count, floa
   return numbers;
 }
 
-// ---- queries and outputs ----
-
 inline void put_number(Format format, double x, std::byte* to) {
   const auto put = [to](auto value) { std::memcpy(to, &value, sizeof value); };
   switch (format) {
@@ -72,8 +72,8 @@ inline void put_number(Format format, double x, std::byte* to) {
   }
 }
 
-// [token, head, dim] in a plain format, `gap` numbers of poison behind every head. One memory is both the ragged tensor of all
-// tokens and, where sequences are equally long, the batch of them.
+// [token, head, dim] in a plain format, `gap` numbers of poison behind every head. One memory is both the ragged tensor of
+// all tokens and, where sequences are equally long, the batch of them.
 class Tokens {
  public:
   Format format = Format::f32;
@@ -141,9 +141,7 @@ struct Answer {
   std::vector<float> lse;   // [head, token]
 
   Answer(Format format, index_t tokens, index_t heads, index_t dim, index_t gap = 0)
-      : out(format, tokens, heads, dim, gap), lse(at(tokens * heads)) {
-    std::memset(lse.data(), 0xff, lse.size() * sizeof(float));
-  }
+      : out(format, tokens, heads, dim, gap), lse(at(tokens * heads), std::bit_cast<float>(0xffffffffu)) {}
   View<float, 3> lse_view(index_t batch = 1) {
     const index_t len = out.tokens / std::max<index_t>(batch, 1);
     return {lse.data(), {batch, out.heads, len}, {len, out.tokens, 1}};
@@ -174,14 +172,13 @@ inline bool same_tokens(const Answer& a, index_t first, const Answer& b) {
     for (index_t h = 0; h < heads; ++h) {
       const index_t from = ((first + token) * heads + h) * row, to = (token * heads + h) * row;
       if (std::memcmp(a.out.bytes.data() + from, b.out.bytes.data() + to, at(a.out.dim * a.out.number())) != 0) return false;
-      if (std::memcmp(&a.lse[at(h * a.out.tokens + first + token)], &b.lse[at(h * b.out.tokens + token)], sizeof(float)) != 0)
+      if (std::memcmp(&a.lse[at(h * a.out.tokens + first + token)], &b.lse[at(h * b.out.tokens + token)], sizeof(float)) !=
+          0)
         return false;
     }
   }
   return true;
 }
-
-// ---- keys and values as rows ----
 
 // Rows of one format, [token, head], and the numbers they stand for. Every format's numbers are fp32 numbers, f64's after
 // the rounding that kernels make too: nothing that is said about attention over `values` has to allow for decoding.
@@ -241,23 +238,21 @@ inline Rows head_of(const Rows& k, index_t dim_v) {
   return v;
 }
 
-// ---- homes ----
-
 enum class Weave { head_major, token_major, interleaved, v_in_k };
 
 // Where rows go, and what surrounds them.
 struct Lodging {
   Home home = Home::contiguous;
   Weave weave = Weave::head_major;
-  bool ragged = false;          // contiguous: one entry, sequences one after the other
-  index_t spare = 3;            // slots per entry, or pages, that nobody uses
-  index_t gap = 0;              // bytes between rows
+  bool ragged = false;   // contiguous: one entry, sequences one after the other
+  index_t spare = 3;     // slots per entry, or pages, that nobody uses
+  index_t gap = 0;       // bytes between rows
   index_t page_size = 16;
   bool csr = false;
-  bool share_pages = false;     // pages of equal rows are one page
+  bool share_pages = false;   // pages of equal rows are one page
   index_t sinks = 0;
-  std::uint64_t seed = 1;       // order of pages, turn of rings
-  std::byte fill = kPoison;     // of everything that is no row in use
+  std::uint64_t seed = 1;             // order of pages, turn of rings
+  std::byte fill = kPoison;           // of everything that is no row in use
   std::int32_t behind = 2147480000;   // table entries behind the last page in use
   index_t columns_behind = 2;         // how many of them a row of the block table has at least
 };
@@ -448,8 +443,6 @@ class Housed {
   }
 };
 
-// ---- calls ----
-
 // K and V of some sequences, all tokens one after the other.
 struct Keys {
   Rows k, v;
@@ -457,8 +450,7 @@ struct Keys {
 
   Keys(std::uint64_t seed, Format k_format, Format v_format, index_t heads, index_t dim_qk, index_t dim_v,
        const std::vector<index_t>& len_)
-      : Keys(k_format, v_format, heads, dim_qk, dim_v, len_,
-             random_numbers(seed, cumulative(len_).back() * heads * dim_qk),
+      : Keys(k_format, v_format, heads, dim_qk, dim_v, len_, random_numbers(seed, cumulative(len_).back() * heads * dim_qk),
              random_numbers(seed + 1, cumulative(len_).back() * heads * dim_v)) {}
   Keys(Format k_format, Format v_format, index_t heads, index_t dim_qk, index_t dim_v, const std::vector<index_t>& len_,
        const std::vector<float>& k_numbers, const std::vector<float>& v_numbers)
@@ -501,34 +493,37 @@ inline std::string describe(const Way& way) {
 struct FormatPair {
   Format k, v;
 };
-inline constexpr FormatPair kFormatPairs[] = {{Format::f32, Format::f32},           {Format::bf16, Format::bf16},
-                                              {Format::f16, Format::f64},           {Format::i8_token, Format::i8_token},
-                                              {Format::i8_channel, Format::bf16},   {Format::i4_g32, Format::i4_g64_zero},
-                                              {Format::i4_g32_zero, Format::e5m2},  {Format::e4m3, Format::e4m3}};
+inline constexpr FormatPair kFormatPairs[] = {{Format::f32, Format::f32},          {Format::bf16, Format::bf16},
+                                              {Format::f16, Format::f64},          {Format::i8_token, Format::i8_token},
+                                              {Format::i8_channel, Format::bf16},  {Format::i4_g32, Format::i4_g64_zero},
+                                              {Format::i4_g32_zero, Format::e5m2}, {Format::e4m3, Format::e4m3}};
 inline std::string describe(const FormatPair& pair) {
   return std::string("K ") + name_of(pair.k) + ", V " + name_of(pair.v);
 }
 
-// ---- what must come out ----
-
 // Unit roundoff of bf16: 8 significant bits.
 inline constexpr double kUnitBf16 = 0x1p-8;
 
-// Which of q, k and v bf16 panels have to round: what is stored as bf16 goes through unchanged, unless scales per channel are
-// multiplied into the query.
+// Which of q, k and v bf16 panels have to round: what is stored as bf16 goes through unchanged, unless scales per channel
+// are multiplied into the query.
 struct Rounded {
   bool q = true, k = true, v = true;
 };
 
 // As expect() in tolerance.hpp, over ragged tokens, for either panel type. With bf16 panels, u = 2^-8, every product of a
 // score carries up to (1 + u)^2, so a score is off by ((1 + u)^2 - 1) |scale| sum |q_d k_d| more; every product of an
-// output carries the roundings of its weight and its value, ((1 + u)^2 - 1) p |v| each; the normaliser adds unrounded weights.
-// `packed[sequence]` says whether that sequence goes through panels at all.
+// output carries the roundings of its weight and its value, ((1 + u)^2 - 1) p |v| each; the normaliser adds unrounded
+// weights. `packed[sequence]` says whether that sequence goes through panels at all.
 inline Expected expect_stored(Tensor<const float> q, Tensor<const float> k, Tensor<const float> v,
                               const AttentionOptions& options, const std::vector<bool>& packed = {}, Rounded rounded = {}) {
   const index_t heads = q.extent[1], len = q.extent[2], dim_v = v.extent[3], group = heads / k.extent[1];
   const auto rows = at(heads * len), numbers = rows * at(dim_v);
-  Expected e{heads, len, dim_v, std::vector<double>(numbers), std::vector<double>(numbers), std::vector<double>(rows),
+  Expected e{heads,
+             len,
+             dim_v,
+             std::vector<double>(numbers),
+             std::vector<double>(numbers),
+             std::vector<double>(rows),
              std::vector<double>(rows)};
   const Tensor<double> out = fovea::bhsd(e.out.data(), 1, heads, len, dim_v);
   const View<double, 3> lse{e.lse.data(), {1, heads, len}, {heads * len, len, 1}};
@@ -586,8 +581,8 @@ inline WorstOf worst_of(const Answer& answer, const Expected& e) {
     const double budgets = in_budgets(got, want, budget);
     if (!(budgets > worst.budgets)) return;
     char text[200];
-    std::snprintf(text, sizeof text, "%s[token %td, head %td, dim %td] = %.9g, expected %.9g +- %.3g, %.3g budgets off", what,
-                  token, head, d, got, want, budget, budgets);
+    std::snprintf(text, sizeof text, "%s[token %td, head %td, dim %td] = %.9g, expected %.9g +- %.3g, %.3g budgets off",
+                  what, token, head, d, got, want, budget, budgets);
     worst = {budgets, text};
   };
   const Tokens& out = answer.out;

@@ -16,16 +16,16 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-class Block {
+class MemoryBlock {
  public:
-  Block() = default;
-  Block(Block&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  Block& operator=(Block&& other) noexcept {
+  MemoryBlock() = default;
+  MemoryBlock(MemoryBlock&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  MemoryBlock& operator=(MemoryBlock&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
     return *this;
   }
-  ~Block() {
+  ~MemoryBlock() {
     if (data_ != nullptr) ::operator delete(data_, std::align_val_t{alignment_of(size_)});
   }
 
@@ -37,7 +37,7 @@ class Block {
     // A wish: a kernel built without huge pages refuses it, and nothing is lost.
     if (size >= kHugePage) static_cast<void>(madvise(data, size / kHugePage * kHugePage, MADV_HUGEPAGE));
 #endif
-    Block fresh;
+    MemoryBlock fresh;
     fresh.data_ = static_cast<std::byte*>(data);
     fresh.size_ = size;
     *this = std::move(fresh);
@@ -58,14 +58,14 @@ class Block {
 // A block and the plain data that says what lies in it; what was moved from is empty again.
 template <class State>
 struct Owned {
-  Block block;
+  MemoryBlock block;
   State state{};
 
   Owned() = default;
   Owned(Owned&& other) noexcept : block(std::move(other.block)), state(std::exchange(other.state, State{})) {}
   Owned& operator=(Owned&& other) noexcept {
     if (this != &other) {
-      block = std::exchange(other.block, Block{});
+      block = std::exchange(other.block, MemoryBlock{});
       state = std::exchange(other.state, State{});
     }
     return *this;

@@ -56,7 +56,7 @@ struct Stored {
 
 enum class Home : std::uint8_t { contiguous, paged, ring };
 
-// K and V, wherever they live; make one with dense_kv, paged_kv, ring_kv or a container of cache/. Keys are counted 0 ..
+// K and V, wherever they live: made by dense_kv, by a container of cache/, or field by field. Keys are counted 0 ..
 // len_k - 1 within a sequence whatever their home; AttentionOptions::len_k says how many are in use.
 //   contiguous  key j of sequence b: entry b, position j (ragged: entry 0, position cu_len_k[b] + j)
 //   paged       key j of sequence b: page table(b, j / page_size), slot j % page_size. The table is either a rectangle of pages

@@ -5,8 +5,9 @@
 //   [c | k_pe] = W_DKV x     c normalised, k_pe rotated: one cached row a token
 //   y = W_O [o_1 .. o_H]     o_h = attention of q_h over k_h = [W_UK_h c | k_pe], v_h = W_UV_h c
 //
-// What computes the o_h is an argument, so that the layer knows no mechanism: MlaAttention of mla.hpp, or whatever else takes
-// queries, W_UK and W_UV and a latent cache. Owns no memory: the cache, the workspace and the weights are the caller's.
+// What computes the o_h is an argument, so that the layer knows no mechanism: MlaAttention of mla.hpp, or whatever else
+// takes queries, W_UK and W_UV and a latent cache. Owns no memory: the cache, the workspace and the weights are the
+// caller's.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -78,9 +79,9 @@ inline Memory carve(Bump& bump, const MlaBlock& block, index_t tokens, int lanes
 
 inline Status check_matrix(const char* name, const Operand& w, index_t heads, index_t rows, index_t columns) {
   if (w.data == nullptr || w.extent != std::array<index_t, 4>{1, heads, rows, columns})
-    return Status::error(Code::invalid_argument, "fovea: mla_block: %s is [%td, %td, %td, %td]%s, must be [1, %td, %td, %td]",
-                         name, w.extent[0], w.extent[1], w.extent[2], w.extent[3],
-                         w.data == nullptr ? " without data" : "", heads, rows, columns);
+    return Status::error(
+        Code::invalid_argument, "fovea: mla_block: %s is [%td, %td, %td, %td]%s, must be [1, %td, %td, %td]", name,
+        w.extent[0], w.extent[1], w.extent[2], w.extent[3], w.data == nullptr ? " without data" : "", heads, rows, columns);
   if (!is_weight_format(w.format) || (w.stride[3] != 1 && columns > 1))
     return Status::error(Code::unsupported,
                          "fovea: mla_block: %s is %s with innermost stride %td; weights are f32, bf16 or f16 with stride 1",
@@ -99,8 +100,8 @@ inline Status check_block(const MlaBlock& block) {
   const index_t rank = q_rank(block);
   if (d.heads < 1 || d.nope < 1 || d.rope < 0 || d.latent < 1 || d.value < 1 || block.model < 1)
     return Status::error(Code::invalid_argument,
-                         "fovea: mla_block: heads %td, nope %td, rope %td, latent %td, value %td, model %td", d.heads, d.nope,
-                         d.rope, d.latent, d.value, block.model);
+                         "fovea: mla_block: heads %td, nope %td, rope %td, latent %td, value %td, model %td", d.heads,
+                         d.nope, d.rope, d.latent, d.value, block.model);
   if (rank > 0) {
     if (Status s = check_matrix("q_a", w.q_a, 1, rank, block.model); !s.ok()) return s;
     if (Status s = check_gain("q_norm", w.q_norm, rank); !s.ok()) return s;
@@ -121,10 +122,11 @@ inline Status check_block(const MlaBlock& block) {
 
 inline Status check_tokens(const char* name, index_t tokens, index_t width, const std::array<index_t, 4>& extent,
                            Format format, const void* data) {
-  if (extent == std::array<index_t, 4>{1, 1, tokens, width} && is_plain(format) && (data != nullptr || tokens == 0)) return {};
+  if (extent == std::array<index_t, 4>{1, 1, tokens, width} && is_plain(format) && (data != nullptr || tokens == 0))
+    return {};
   return Status::error(Code::invalid_argument,
-                       "fovea: mla_block: %s is [%td, %td, %td, %td] of %s%s, must be [1, 1, %td, %td] of plain numbers", name,
-                       extent[0], extent[1], extent[2], extent[3],
+                       "fovea: mla_block: %s is [%td, %td, %td, %td] of %s%s, must be [1, 1, %td, %td] of plain numbers",
+                       name, extent[0], extent[1], extent[2], extent[3],
                        static_cast<int>(format) < kFormats ? name_of(format) : "no format",
                        data == nullptr ? " without data" : "", tokens, width);
 }
@@ -185,28 +187,28 @@ inline std::size_t mla_block_bytes(const MlaBlock& block, index_t tokens, int la
   return bump.used() + kAlignment;
 }
 
-// One step of the layer for a ragged batch: tokens options.cu_len_q[s] .. cu_len_q[s + 1] - 1 belong to sequence s of the cache,
-// for every s; sequences without tokens in this step are left alone.
+// One step of the layer for a ragged batch: tokens options.cu_len_q[s] .. cu_len_q[s + 1] - 1 belong to sequence s of the
+// cache, for every s; sequences without tokens in this step are left alone.
 //   x, y        [1, 1, token, model], any plain format, innermost stride 1 or not
-//   cache       rows of latent + rope numbers, V in K (ContiguousCache, PagedCache); the tokens are appended to it, in its format
+//   cache       rows of latent + rope numbers, V in K (ContiguousCache, PagedCache); the tokens are appended, in its format
 //   attend      Status(q [1, head, token, nope + rope], kv_b, Kv, out [1, head, token, value], AttentionOptions)
 //   positions   [token] for RoPE; without them a token's place behind what its sequence holds
-//   options     for attend, which gets cu_len_q, scale, causal bottom_right and the lengths set; its executor runs the projections
-//               too, options.workspace is attend's own
+//   options     for attend, with scale, causal bottom_right and the lengths set by the layer; its executor runs the
+//               projections too, options.workspace is attend's own
 // On error neither y nor the tokens in the cache have changed (a shared last page may have been copied).
 template <class Cache, class Attend>
 Status mla_block(const MlaBlock& block, const Operand& x, Cache& cache, const Attend& attend, const Result& y,
-                 const AttentionOptions& options, std::span<std::byte> workspace,
-                 std::span<const index_t> positions = {}) {
+                 const AttentionOptions& options, std::span<std::byte> workspace, std::span<const index_t> positions = {}) {
   using namespace mla_block_parts;
   const MlaDims& dims = block.dims;
   const std::span<const index_t> cu = options.cu_len_q;
   const index_t sequences = cache.sequences(), width = dims.latent + dims.rope, q_dim = dims.nope + dims.rope;
   if (Status s = check_block(block); !s.ok()) return s;
   if (static_cast<index_t>(cu.size()) != sequences + 1 || cu.front() != 0 || !std::is_sorted(cu.begin(), cu.end()))
-    return Status::error(Code::invalid_argument,
-                         "fovea: mla_block: cu_len_q has %zu entries for %td sequences of the cache; it starts at 0 and rises",
-                         cu.size(), sequences);
+    return Status::error(
+        Code::invalid_argument,
+        "fovea: mla_block: cu_len_q has %zu entries for %td sequences of the cache; it starts at 0 and rises", cu.size(),
+        sequences);
   const index_t tokens = cu.back();
   const int lanes = options.executor.lanes();
   if (Status s = check_tokens("x", tokens, block.model, x.extent, x.format, x.data); !s.ok()) return s;
@@ -218,8 +220,9 @@ Status mla_block(const MlaBlock& block, const Operand& x, Cache& cache, const At
   if (!positions.empty() && static_cast<index_t>(positions.size()) != tokens)
     return Status::error(Code::invalid_argument, "fovea: mla_block: %zu positions for %td tokens", positions.size(), tokens);
   if (!options.q_offset.empty() || !options.len_k.empty() || !options.cu_len_k.empty())
-    return Status::error(Code::invalid_argument,
-                         "fovea: mla_block: the cache says where queries and keys are; q_offset, len_k and cu_len_k must be empty");
+    return Status::error(
+        Code::invalid_argument,
+        "fovea: mla_block: the cache says where queries and keys are; q_offset, len_k and cu_len_k must be empty");
   if (workspace.size() < mla_block_bytes(block, tokens, lanes))
     return Status::error(Code::workspace_too_small, "fovea: mla_block: workspace has %zu bytes, %td tokens need %zu",
                          workspace.size(), tokens, mla_block_bytes(block, tokens, lanes));
@@ -237,7 +240,8 @@ Status mla_block(const MlaBlock& block, const Operand& x, Cache& cache, const At
   each_token([&](index_t s, index_t i, index_t token) {
     if (!checked.ok()) return;
     if (!is_alive(cache, s)) {
-      checked = Status::error(Code::invalid_argument, "fovea: mla_block: tokens for sequence %td, which the cache does not have", s);
+      checked = Status::error(Code::invalid_argument,
+                              "fovea: mla_block: tokens for sequence %td, which the cache does not have", s);
     } else if (dims.rope > 0) {
       checked = rope::check_position(block.rope, position_of(s, i), s, token);
     }
@@ -247,7 +251,8 @@ Status mla_block(const MlaBlock& block, const Operand& x, Cache& cache, const At
   Bump bump(aligned(workspace).data());
   const Memory memory = carve(bump, block, tokens, lanes);
   const auto read_x = [&](index_t token, index_t d, index_t count, float* to) {
-    read_strided(x.format, x.data + (token * x.stride[2] + d * x.stride[3]) * row_bytes(x.format, 1), x.stride[3], count, to);
+    read_strided(x.format, x.data + (token * x.stride[2] + d * x.stride[3]) * row_bytes(x.format, 1), x.stride[3], count,
+                 to);
   };
   const auto rows_at = [](float* rows, index_t row_width) {
     return [rows, row_width](index_t token, index_t n, index_t count, const float* from) {
@@ -281,7 +286,8 @@ Status mla_block(const MlaBlock& block, const Operand& x, Cache& cache, const At
     each_token([&](index_t s, index_t i, index_t token) {
       const index_t pos = position_of(s, i);
       const float *const cos = block.rope.cos_at(pos), *const sin = block.rope.sin_at(pos);
-      float *const q_pe = memory.q + token * q_width(dims) + dims.nope, *const k_pe = memory.rows + token * width + dims.latent;
+      float* const q_pe = memory.q + token * q_width(dims) + dims.nope;
+      float* const k_pe = memory.rows + token * width + dims.latent;
       rotate_rows(block.layout, q_pe, q_dim, q_pe, q_dim, dims.heads, cos, sin, 0, block.rope.pairs, dims.rope);
       rotate_rows(block.layout, k_pe, width, k_pe, width, 1, cos, sin, 0, block.rope.pairs, dims.rope);
     });

@@ -196,7 +196,8 @@ inline MlaMatrix mla_layer(const MlaLayer& layer, const MlaMatrix& x, std::span<
   MlaMatrix o(x.rows, dims.heads * dims.value);
   const index_t keys = cache.rows;
   const AttentionOptions options{.scale = static_cast<float>(layer.scale), .causal = Causal::bottom_right};
-  mla({q.data.data(), {1, dims.heads, x.rows, width}, {0, width, dims.heads * width, 1}},
+  mla(
+      {q.data.data(), {1, dims.heads, x.rows, width}, {0, width, dims.heads * width, 1}},
       {layer.kv_b.data.data(),
        {1, dims.heads, dims.nope + dims.value, dims.latent},
        {0, (dims.nope + dims.value) * dims.latent, dims.latent, 1}},

@@ -14,6 +14,12 @@ inline namespace FOVEA_ARCH {
 
 FOVEA_INLINE i32 float_bits(f32 x) { return std::bit_cast<i32>(x); }
 
+// As floats: xsimd 8.1's select of integers does not compile with g++ -O0 on AVX-512, where the intrinsics are macros.
+template <class IntMask>
+FOVEA_INLINE i32 select_int(IntMask keep, i32 a, i32 b) {
+  return float_bits(select(as_keep(keep), as_float(a), as_float(b)));
+}
+
 // The pattern of T nearest to each x, in the low bits of its lane: the same bits as convert<T>(x).
 template <SmallNumber T>
 FOVEA_INLINE i32 small_patterns(f32 x) {
@@ -29,11 +35,11 @@ FOVEA_INLINE i32 small_patterns(f32 x) {
     constexpr std::int32_t kUnit = (S::min_exponent - S::mantissa + 23 + 127) << 23;
     constexpr std::int32_t kSmallestNormal = (S::min_exponent + 127) << 23;
     const i32 denormal = float_bits(as_float(magnitude) + as_float(i32(kUnit))) - i32(kUnit);
-    pattern = xsimd::select(magnitude < i32(kSmallestNormal), denormal, pattern);
-    pattern = xsimd::select(pattern > i32(kOverflow), i32(kOverflow), pattern);
+    pattern = select_int(magnitude < i32(kSmallestNormal), denormal, pattern);
+    pattern = select_int(pattern > i32(kOverflow), i32(kOverflow), pattern);
   }
   const i32 payload = (magnitude >> kDropped) & i32((1 << S::mantissa) - 1);
-  pattern = xsimd::select(magnitude > i32(0x7f800000), payload | i32(static_cast<std::int32_t>(S::quiet_nan)), pattern);
+  pattern = select_int(magnitude > i32(0x7f800000), payload | i32(static_cast<std::int32_t>(S::quiet_nan)), pattern);
   return pattern | ((bits >> 31) & i32(kSign));
 }
 

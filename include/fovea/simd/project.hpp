@@ -3,13 +3,13 @@
 // weights, fp32 sums. Every element of C is one chain of FMAs in the order of the summed index, so its bits depend on its
 // row of A and on B alone, never on how many rows share the call.
 //
-// B is packed one panel at a time (two vectors of columns, at most 16 KiB of fp32) and stays in L1 while all rows of A in the
-// task pass by; those are copied once per kProjectDepth numbers and stay in L2. One call is a list of independent tasks
+// B is packed one panel at a time (two vectors of columns, at most 16 KiB of fp32) and stays in L1 while all rows of A in
+// the task pass by; those are copied once per kProjectDepth numbers and stay in L2. One call is a list of independent tasks
 // (blocks of C): whoever owns threads deals them out.
 //
 // Share of the FMA peak with AVX-512, weights in L2, k and n of 128 to 512: 8 to 11 % with 1 row (8 to 16 GB/s of bf16
-// weights, packing bound), 50 to 63 % with 12, 65 to 74 % with 24, 70 to 81 % with 48, 77 to 86 % with 128. Weights stored by
-// output are transposed on the way and are the slower ones.
+// weights, packing bound), 50 to 63 % with 12, 62 to 74 % with 24, 70 to 81 % with 48, 77 to 86 % with 128. Weights stored
+// by output are transposed on the way and are the slower ones.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -56,20 +56,46 @@ FOVEA_INLINE StoredMatrix rows_of(const StoredMatrix& matrix, index_t first, ind
           matrix.stride};
 }
 
-// `count` numbers of a format, neighbours, as floats. A number that is not 4-byte aligned is read as such.
+namespace project {
+
+template <index_t Bytes, f32 (*Load)(const std::byte*), f32 (*LoadSome)(const std::byte*, index_t)>
+struct PlainCodec {
+  static constexpr bool kRowScaled = false;
+  FOVEA_INLINE static constexpr index_t offset(index_t d) { return Bytes * d; }
+  FOVEA_INLINE f32 load(const std::byte* row, index_t d, index_t) const { return Load(row + offset(d)); }
+  FOVEA_INLINE f32 load_some(const std::byte* row, index_t d, index_t count, index_t) const {
+    return LoadSome(row + offset(d), count);
+  }
+  FOVEA_INLINE float scale(const std::byte*, index_t) const { return 1.f; }
+};
+
+using Bf16Row = PlainCodec<2, load_bf16, load_bf16_some>;
+using F16Row = PlainCodec<2, load_f16, load_f16_some>;
+using F32Row = PlainCodec<4, load_f32, load_f32_some>;
+using F64Row = PlainCodec<8, load_f64, load_f64_some>;
+
+template <class Codec>
+void read_row(const Codec& codec, const std::byte* from, index_t count, float* to) {
+  for (index_t d = 0; d < count; d += kLanes) {
+    if (count - d >= kLanes) {
+      store(to + d, codec.load(from, d, count));
+    } else {
+      store_some(to + d, codec.load_some(from, d, count - d, count), count - d);
+    }
+  }
+}
+
+}   // namespace project
+
+// `count` numbers of a format, neighbours, as floats.
 inline void read_row(Format format, const std::byte* from, index_t count, float* to) {
-  const auto each = [&](index_t bytes, const auto& whole, const auto& part) {
-    index_t d = 0;
-    for (; d + kLanes <= count; d += kLanes) store(to + d, whole(from + d * bytes));
-    if (d < count) store_some(to + d, part(from + d * bytes, count - d), count - d);
-  };
   switch (format) {
     case Format::bf16:
-      return each(2, load_bf16, load_bf16_some);
+      return project::read_row(project::Bf16Row{}, from, count, to);
     case Format::f16:
-      return each(2, load_f16, load_f16_some);
+      return project::read_row(project::F16Row{}, from, count, to);
     case Format::f64:
-      return each(8, load_f64, load_f64_some);
+      return project::read_row(project::F64Row{}, from, count, to);
     default:
       std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
   }
@@ -108,17 +134,6 @@ inline index_t project_tasks(index_t rows, index_t columns) {
 
 namespace project {
 
-template <index_t Bytes, f32 (*Load)(const std::byte*), f32 (*LoadSome)(const std::byte*, index_t)>
-struct PlainCodec {
-  static constexpr bool kRowScaled = false;
-  FOVEA_INLINE static constexpr index_t offset(index_t d) { return Bytes * d; }
-  FOVEA_INLINE f32 load(const std::byte* row, index_t d, index_t) const { return Load(row + offset(d)); }
-  FOVEA_INLINE f32 load_some(const std::byte* row, index_t d, index_t count, index_t) const {
-    return LoadSome(row + offset(d), count);
-  }
-  FOVEA_INLINE float scale(const std::byte*, index_t) const { return 1.f; }
-};
-
 // Numbers [k, k + depth) of the columns [n, n + count) of C, count <= kPanel; zeros behind them.
 template <class Codec>
 void pack_panel(const Codec& codec, const StoredMatrix& b, Weights order, index_t k, index_t depth, index_t n, index_t count,
@@ -137,11 +152,11 @@ FOVEA_NOINLINE inline void pack(const StoredMatrix& b, Weights order, index_t k,
                                 float* to) {
   switch (b.format) {
     case Format::bf16:
-      return pack_panel(PlainCodec<2, load_bf16, load_bf16_some>{}, b, order, k, depth, n, count, to);
+      return pack_panel(Bf16Row{}, b, order, k, depth, n, count, to);
     case Format::f16:
-      return pack_panel(PlainCodec<2, load_f16, load_f16_some>{}, b, order, k, depth, n, count, to);
+      return pack_panel(F16Row{}, b, order, k, depth, n, count, to);
     default:
-      return pack_panel(PlainCodec<4, load_f32, load_f32_some>{}, b, order, k, depth, n, count, to);
+      return pack_panel(F32Row{}, b, order, k, depth, n, count, to);
   }
 }
 
@@ -195,11 +210,11 @@ inline Status project_rows(const Operand& a, const Operand& b, Weights order, co
   const index_t rows = a.extent[2], depth = a.extent[3], columns = c.extent[3];
   const bool by_output = order == Weights::by_output;
   if (b.extent[by_output ? 2 : 3] != columns || b.extent[by_output ? 3 : 2] != depth || c.extent[2] != rows)
-    return Status::error(Code::invalid_argument,
-                         "fovea: project: a is [%td, %td], b [%td, %td] stored by %s, c [%td, %td]", rows, depth, b.extent[2],
-                         b.extent[3], by_output ? "output" : "input", c.extent[2], columns);
+    return Status::error(Code::invalid_argument, "fovea: project: a is [%td, %td], b [%td, %td] stored by %s, c [%td, %td]",
+                         rows, depth, b.extent[2], b.extent[3], by_output ? "output" : "input", c.extent[2], columns);
   if (!is_weight_format(b.format) || !is_plain(a.format) || !is_plain(c.format))
-    return Status::error(Code::unsupported, "fovea: project: a is %s, b %s, c %s; b is f32, bf16 or f16, the others also f64",
+    return Status::error(Code::unsupported,
+                         "fovea: project: a is %s, b %s, c %s; b is f32, bf16 or f16, the others also f64",
                          name_of(a.format), name_of(b.format), name_of(c.format));
   if (b.stride[3] != 1 && b.extent[3] > 1)
     return Status::error(Code::unsupported, "fovea: project: b has innermost stride %td, must be 1", b.stride[3]);

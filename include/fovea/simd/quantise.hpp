@@ -72,8 +72,8 @@ FOVEA_INLINE std::int32_t largest_bits(const QuantiseSource& from, index_t begin
   i32 largest(0);
   for (index_t d = begin; d < end; d += kLanes) {
     i32 magnitude = float_bits(from.at(d)) & i32(0x7fffffff);
-    if constexpr (kFiniteOnly) magnitude = xsimd::select(magnitude < i32(kInfinityBits), magnitude, i32(0));
-    largest = xsimd::select(magnitude > largest, magnitude, largest);
+    if constexpr (kFiniteOnly) magnitude = select_int(magnitude < i32(kInfinityBits), magnitude, i32(0));
+    largest = select_int(magnitude > largest, magnitude, largest);
   }
   return largest_lane(largest);
 }
@@ -113,7 +113,7 @@ FOVEA_INLINE index_t store_i8_channel(const QuantiseSource& from, const float* s
     const index_t lanes = from.lanes(d);
     const f32 code = from.at(d) / load_strided(scale + d, 1, lanes);
     const auto too_large = (float_bits(code) & i32(0x7fffffff)) > i32(kHeld);
-    lost = lost + xsimd::select(too_large & (lane_numbers() < i32(static_cast<std::int32_t>(lanes))), i32(1), i32(0));
+    lost = lost + select_int(too_large & (lane_numbers() < i32(static_cast<std::int32_t>(lanes))), i32(1), i32(0));
     const f32 below = xsimd::select(code > f32(127.f), f32(127.f), code);
     const f32 inside = xsimd::select(below < f32(-127.f), f32(-127.f), below);
     store_low8(row + d, nearest_int(xsimd::select(inside == inside, inside, f32(0.f))), lanes);
@@ -201,10 +201,10 @@ FOVEA_INLINE void store_i4(const QuantiseSource& from, index_t group, std::byte*
     const f32 scale(convert<float>(code.scale)), zero(convert<float>(code.zero));
     const auto nibbles = [&](index_t d) {
       i32 nibble = nearest_int((from.at(d) - zero) / scale) + i32(code.offset);
-      nibble = xsimd::select(nibble < i32(0), i32(0), nibble);
-      nibble = xsimd::select(nibble > i32(15), i32(15), nibble);
+      nibble = select_int(nibble < i32(0), i32(0), nibble);
+      nibble = select_int(nibble > i32(15), i32(15), nibble);
       const auto inside = lane_numbers() < i32(static_cast<std::int32_t>(stored && end > d ? end - d : 0));
-      return xsimd::select(inside, nibble, i32(code.offset));
+      return select_int(inside, nibble, i32(code.offset));
     };
     for (index_t block = begin; block < begin + group; block += 32) {
       for (index_t i = 0; i < 16; i += kLanes) {
@@ -319,7 +319,7 @@ inline void widen_channels(Tensor<const float> k, float* largest) {
           float* const at = largest + h * dim + d;
           const i32 old = float_bits(load_strided(at, 1, row.lanes(d)));
           const i32 magnitude = float_bits(row.at(d)) & i32(0x7fffffff);
-          store_some(at, as_float(xsimd::select(magnitude > old, magnitude, old)), row.lanes(d));
+          store_some(at, as_float(select_int(magnitude > old, magnitude, old)), row.lanes(d));
         }
       }
     }
