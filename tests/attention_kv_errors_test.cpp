@@ -388,9 +388,9 @@ TEST_CASE("outputs over stored rows", "[errors][storage]") {
     c.kv.k_channel_scale = c.scales.data();
     c.out.data = reinterpret_cast<std::byte*>(c.scales.data());
   });
-  refused("out over the page table", Base::paged, kInvalid, {"out", "overlaps block_table"},
+  refused("out over the page table", Base::paged, kInvalid, {"out", "overlaps"},
           [](Call& c) { c.out.data = reinterpret_cast<std::byte*>(c.home->table.data()); });
-  refused("out over the page lists", Base::lists, kInvalid, {"out", "overlaps page_indices"},
+  refused("out over the page lists", Base::lists, kInvalid, {"out", "overlaps"},
           [](Call& c) { c.out.data = reinterpret_cast<std::byte*>(c.home->table.data()); });
 }
 
