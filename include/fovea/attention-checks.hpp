@@ -344,7 +344,8 @@ inline Status check_exact(const Kv& kv, const AttentionOptions& o, index_t seque
                    exact.dim_qk, exact.dim_v, kv.kv_heads, kv.dim_qk, kv.dim_v);
   if (kv.k_channel_scale != nullptr || exact.k_channel_scale != nullptr)
     return unsupported("fovea: scales per channel are folded into the query, so all keys of a call have them or none");
-  if (exact.home > Home::ring) return invalid("fovea: the exact part's home is %d, no value of the enum", static_cast<int>(exact.home));
+  if (exact.home > Home::ring)
+    return invalid("fovea: the exact part's home is %d, no value of the enum", static_cast<int>(exact.home));
   if (!o.cu_len_k.empty() || static_cast<index_t>(o.len_k.size()) != sequences)
     return invalid("fovea: a mixed cache needs len_k, one entry for each of %td sequences, and no cu_len_k", sequences);
   if (static_cast<index_t>(kv.exact_from.size()) != sequences || kv.exact_first < 0)
