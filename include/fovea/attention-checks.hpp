@@ -280,7 +280,8 @@ inline Status check_formats(const Kv& kv) {
     return invalid("fovea: k_channel_scale goes with format i8_channel, k is %s", name_of(kv.k.format));
   if (kv.k.format == Format::latent_fp8 && kv.dim_qk != kLatentFp8Dim)
     return invalid("fovea: a latent_fp8 row has %td numbers as k, dim_qk is %td", kLatentFp8Dim, kv.dim_qk);
-  if (kv.v.data == kv.k.data && kv.k.data != nullptr && kv.dim_v != kv.dim_qk && kv.k.format != Format::latent_fp8 && !is_plain(kv.k.format))
+  const bool head_of_k = kv.v.data == kv.k.data && kv.k.data != nullptr && kv.dim_v != kv.dim_qk;
+  if (head_of_k && kv.k.format != Format::latent_fp8 && !is_plain(kv.k.format))
     return unsupported("fovea: v cannot be the head of k in %s rows: their scales stand behind all of dim_qk %td",
                        name_of(kv.k.format), kv.dim_qk);
   if (kv.v.format == Format::latent_fp8 && kv.dim_v != kLatentFp8Values)
