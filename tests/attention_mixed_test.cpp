@@ -44,8 +44,9 @@ struct Mixed {
   static Placement middle_part(const std::vector<index_t>& len, const Cut& cut) {
     Placement tokens = consecutive(len);
     for (std::size_t s = 0; s < len.size(); ++s) {
-      tokens[s].resize(at(cut.from[s]));
-      for (index_t j = 0; j < std::min(cut.first, cut.from[s]); ++j) tokens[s][at(j)] = -1;
+      // Where the window begins among the first tokens there is no middle, and need be no page.
+      tokens[s].resize(at(cut.from[s] <= cut.first ? 0 : cut.from[s]));
+      for (index_t j = 0; j < std::min(cut.first, static_cast<index_t>(tokens[s].size())); ++j) tokens[s][at(j)] = -1;
     }
     return tokens;
   }
@@ -68,6 +69,7 @@ const std::vector<Cut> kCuts{{4, {1000, 250, 8, 4}},       // the usual case
                              {0, {0, 0, 0, 0}},            // everything exact, as a window
                              {2000, {1060, 290, 40, 5}},   // everything exact, as first tokens
                              {7, {3, 6, 7, 0}},            // the window begins among the first tokens
+                             {9, {1000, 250, 9, 9}},       // the same, behind the keys in use
                              {1, {1025, 257, 39, 1}},    {64, {1024, 128, 40, 2}}};
 
 std::vector<Lodging> middle_homes(std::uint64_t seed) {

@@ -264,6 +264,7 @@ inline Status check_stored(const char* name, const Kv& kv, const Stored& stored,
   if (dim < 1 || dim > kMaxDim) return unsupported("fovea: dims 1 to %td are supported, %s has %td", kMaxDim, name, dim);
   if (kv.batch < 0 || kv.kv_heads < 0 || kv.len < 0)
     return invalid("fovea: %s has batch %td, kv heads %td, len %td", name, kv.batch, kv.kv_heads, kv.len);
+  if (kv.len > kMaxLength) return unsupported("fovea: %s has len %td, up to %td are supported", name, kv.len, kMaxLength);
   const std::array<index_t, 3> extent{kv.batch, kv.kv_heads, kv.len};
   if (stored.data == nullptr && kv.batch > 0 && kv.len > 0) return invalid("fovea: %s has null data", name);
   if (!bytes_of(stored.data, extent, stored.stride, 1, row_bytes(stored.format, dim), bytes))
@@ -459,7 +460,7 @@ inline Status check_call(const Operand& q, const Kv& kv, const Result& out, cons
   Bytes scale_bytes, table_bytes;
   if (kv.k_channel_scale != nullptr) {
     const auto base = reinterpret_cast<std::uintptr_t>(kv.k_channel_scale);
-    scale_bytes = {base, base + static_cast<std::uintptr_t>(kv.kv_heads * kv.dim_qk) * sizeof(float)};
+    scale_bytes = {base, base + static_cast<std::uintptr_t>(kv.kv_heads) * static_cast<std::uintptr_t>(kv.dim_qk) * sizeof(float)};
   }
   if (Status s = check_data("block_table", kv.block_table, table_bytes); kv.block_table && !s.ok()) return s;
   const std::pair<const char*, Bytes> inputs[] = {{"q", q_bytes},

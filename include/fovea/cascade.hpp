@@ -32,7 +32,7 @@ inline namespace FOVEA_ARCH {
 //            are seen whole. A sink is counted once. Windows, ALiBi, bias and keep are refused: they need the distance to keys of
 //            other levels, which differs within a group.
 // Allocates  two fp32 copies of out, kept per thread; the runs themselves use options.workspace where it is given.
-// Errors     as fovea::attention; out may have been written when a level after the first is refused.
+// Errors     as fovea::attention; on error nothing has been written.
 template <class Compiled = AllFormats>
 Status cascade_attention(const Operand& q, std::span<const CascadeLevel> levels, const Result& out,
                          const AttentionOptions& options);

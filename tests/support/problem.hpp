@@ -48,7 +48,7 @@ inline const char* name(Causal x) {
   return names[static_cast<int>(x)];
 }
 inline const char* name(Regime x) {
-  constexpr const char* names[] = {"automatic", "prefill", "decode"};
+  constexpr const char* names[] = {"automatic", "prefill", "decode", "wide_decode"};
   return names[static_cast<int>(x)];
 }
 

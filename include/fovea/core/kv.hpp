@@ -79,7 +79,8 @@ struct Kv {
 
   const float* k_channel_scale = nullptr;             // [kv_head, dim_qk], with Format::i8_channel
 
-  // Keys j < exact_first, and j >= exact_from[b], are read from `exact` instead: the first tokens and a recent window in 16
+  // Keys j < exact_first, and j >= exact_from[b], are read from `exact` instead (exact_from[b] may exceed len_k[b], up to
+  // exact_first; pages are needed only for the keys between the two): the first tokens and a recent window in 16
   // bit around a quantised middle. `exact` counts its keys 0 .. exact_first - 1, then those of the window.
   const Kv* exact = nullptr;
   index_t exact_first = 0;

@@ -66,10 +66,8 @@ struct Tree {
     bool whole;
     FOVEA_INLINE keep_t operator()(i32 pos) const {
       const index_t at = first_lane(pos) - first;
-      std::uint64_t seen = ~std::uint64_t{0};
-      if (!whole && at > -kLanes) {
-        seen = at >= 64 ? 0 : at >= 0 ? word >> at : (word << -at) | ((std::uint64_t{1} << -at) - 1);
-      }
+      if (whole || at <= -kLanes) return f32(0.f) == f32(0.f);
+      const std::uint64_t seen = at >= 64 ? 0 : at >= 0 ? word >> at : (word << -at) | ((std::uint64_t{1} << -at) - 1);
       alignas(i32) std::int32_t bits[kLanes];
       for (index_t i = 0; i < kLanes; ++i) bits[i] = static_cast<std::int32_t>(seen >> i & 1);
       return as_keep(i32::load_aligned(bits) != i32(0));

@@ -48,12 +48,18 @@ struct StoredSource {
     if (home.home == Home::paged) {
       // The run ends with its page, or where what it prefetches does.
       const index_t near_k = rows_ahead(home.k.format, home.dim_qk), near_v = rows_ahead(home.v.format, home.dim_v);
-      const Place place = paged(home, row.sequence, begin);
+      const index_t page = begin / home.len, slot = begin - page * home.len;
+      const Place place{entry(home, row.sequence, page), slot};
+      // Pages behind the middle of a mixed cache are not in use.
+      const index_t in_use = home.exact == nullptr ? sequence.len_k : home.exact_from[static_cast<std::size_t>(row.sequence)];
       index_t count = std::min(end - begin, home.len - place.position);
       const auto segment = [&](const Stored& stored, index_t near) {
         const std::byte* const data = at(stored, place);
-        if (begin + near >= sequence.len_k) return Segment{data, stored.stride[2], 0, kPrefetchBytes};
-        const Place next = paged(home, row.sequence, begin + near);
+        if (begin + near >= in_use) return Segment{data, stored.stride[2], 0, kPrefetchBytes};
+        // A handful of steps at most, where a second and third division would cost more than the run's bookkeeping.
+        index_t next_page = page, next_slot = slot + near;
+        for (; next_slot >= home.len; next_slot -= home.len) ++next_page;
+        const Place next{entry(home, row.sequence, next_page), next_slot};
         if (home.len > near) count = std::min(count, home.len - next.position);
         return Segment{data, stored.stride[2], 0, at(stored, next) - data};
       };
@@ -80,13 +86,10 @@ struct StoredSource {
             &reads};
   }
 
-  static Place paged(const Kv& home, int sequence, index_t key) {
-    const index_t page = key / home.len;
-    const std::int32_t entry =
-        home.block_table
-            ? home.block_table.data[sequence * home.block_table.stride[0] + page * home.block_table.stride[1]]
-            : home.page_indices[static_cast<std::size_t>(home.page_begin[static_cast<std::size_t>(sequence)] + page)];
-    return {entry, key % home.len};
+  static std::int32_t entry(const Kv& home, int sequence, index_t page) {
+    return home.block_table
+               ? home.block_table.data[sequence * home.block_table.stride[0] + page * home.block_table.stride[1]]
+               : home.page_indices[static_cast<std::size_t>(home.page_begin[static_cast<std::size_t>(sequence)] + page)];
   }
 };
 
