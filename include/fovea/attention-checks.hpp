@@ -422,6 +422,29 @@ inline AttentionShape shape_of(const Operand& q, const Kv& kv, const AttentionOp
   return {q.extent[0], q.extent[1], kv.kv_heads, q.extent[2], len_k, q.extent[3], kv.dim_v};
 }
 
+template <class T>
+Bytes span_bytes(const std::span<T>& span) {
+  const auto base = reinterpret_cast<std::uintptr_t>(span.data());
+  return {base, base + span.size_bytes()};
+}
+
+// What outputs must be by themselves: no element named twice, the LSE of q's rows, apart from out.
+inline Status check_outputs(const Result& out, const Bytes& out_bytes, const View<float, 3>& lse,
+                            const std::array<index_t, 4>& q_extent, Bytes& lse_bytes) {
+  if (!writes_apart(out)) {
+    return invalid("fovea: out overlaps itself: extents [%td, %td, %td, %td], strides [%td, %td, %td, %td]", out.extent[0],
+                   out.extent[1], out.extent[2], out.extent[3], out.stride[0], out.stride[1], out.stride[2], out.stride[3]);
+  }
+  if (!lse) return {};
+  if (Status s = check_data("lse", lse, lse_bytes); !s.ok()) return s;
+  if (lse.extent != std::array<index_t, 3>{q_extent[0], q_extent[1], q_extent[2]})
+    return invalid("fovea: lse is [%td, %td, %td], must be [%td, %td, %td]", lse.extent[0], lse.extent[1], lse.extent[2],
+                   q_extent[0], q_extent[1], q_extent[2]);
+  if (!writes_apart(lse))
+    return invalid("fovea: lse overlaps itself: strides [%td, %td, %td]", lse.stride[0], lse.stride[1], lse.stride[2]);
+  return check_apart({"out", out_bytes}, "lse", lse_bytes);
+}
+
 inline Status check_call(const Operand& q, const Kv& kv, const Result& out, const AttentionOptions& o) {
   Bytes q_bytes, k_bytes, v_bytes, exact_k_bytes, exact_v_bytes, out_bytes, lse_bytes, bias_bytes, keep_bytes;
   if (Status s = check_plain("q", q.format); !s.ok()) return s;
@@ -439,24 +462,7 @@ inline Status check_call(const Operand& q, const Kv& kv, const Result& out, cons
   if (Status s = check_data("keep", o.keep, keep_bytes); o.keep && !s.ok()) return s;
   if (q.extent[3] != kv.dim_qk) return invalid("fovea: q has dim %td, k has dim %td", q.extent[3], kv.dim_qk);
   if (Status s = check_extents("out", out, {q.extent[0], q.extent[1], q.extent[2], kv.dim_v}, "q and v"); !s.ok()) return s;
-  if (!writes_apart(out)) {
-    return invalid("fovea: out overlaps itself: extents [%td, %td, %td, %td], strides [%td, %td, %td, %td]", out.extent[0],
-                   out.extent[1], out.extent[2], out.extent[3], out.stride[0], out.stride[1], out.stride[2], out.stride[3]);
-  }
-  if (o.lse) {
-    if (Status s = check_data("lse", o.lse, lse_bytes); !s.ok()) return s;
-    if (o.lse.extent != std::array<index_t, 3>{q.extent[0], q.extent[1], q.extent[2]})
-      return invalid("fovea: lse is [%td, %td, %td], must be [%td, %td, %td]", o.lse.extent[0], o.lse.extent[1],
-                     o.lse.extent[2], q.extent[0], q.extent[1], q.extent[2]);
-    if (!writes_apart(o.lse))
-      return invalid("fovea: lse overlaps itself: strides [%td, %td, %td]", o.lse.stride[0], o.lse.stride[1],
-                     o.lse.stride[2]);
-    if (Status s = check_apart({"out", out_bytes}, "lse", lse_bytes); !s.ok()) return s;
-  }
-  const auto span_bytes = [](const auto& span) {
-    const auto base = reinterpret_cast<std::uintptr_t>(span.data());
-    return Bytes{base, base + span.size_bytes()};
-  };
+  if (Status s = check_outputs(out, out_bytes, o.lse, q.extent, lse_bytes); !s.ok()) return s;
   Bytes scale_bytes, table_bytes;
   if (kv.k_channel_scale != nullptr) {
     const auto base = reinterpret_cast<std::uintptr_t>(kv.k_channel_scale);

@@ -435,9 +435,6 @@ inline Status check_mla(const Operand& q, const Operand& kv_b, const Latents& la
   if (Status s = check_mla_format(kv.k.format, dims); !s.ok()) return s;
   if (Status s = check_extents("out", out, {q.extent[0], q.extent[1], q.extent[2], dims.value}, "q and kv_b"); !s.ok())
     return s;
-  if (!writes_apart(out))
-    return invalid("fovea: out overlaps itself: extents [%td, %td, %td, %td], strides [%td, %td, %td, %td]", out.extent[0],
-                   out.extent[1], out.extent[2], out.extent[3], out.stride[0], out.stride[1], out.stride[2], out.stride[3]);
   if (Status s = check_stored("latents", kv, kv.k, kv.dim_qk, k_bytes); !s.ok()) return s;
   if (kv.exact != nullptr) {
     if (Status s = check_mla_format(latents.exact.k.format, dims); !s.ok()) return s;
@@ -451,20 +448,7 @@ inline Status check_mla(const Operand& q, const Operand& kv_b, const Latents& la
   const Format exact_format = kv.exact == nullptr ? kv.k.format : latents.exact.k.format;
   if (o.panels == Panels::bf16 && (!is_narrow(kv.k.format) || !is_narrow(exact_format)))
     return unsupported("fovea: mla: bf16 panels would round latents, which are stored wider (%s)", name_of(kv.k.format));
-  if (o.lse) {
-    if (Status s = check_data("lse", o.lse, lse_bytes); !s.ok()) return s;
-    if (o.lse.extent != std::array<index_t, 3>{q.extent[0], q.extent[1], q.extent[2]})
-      return invalid("fovea: lse is [%td, %td, %td], must be [%td, %td, %td]", o.lse.extent[0], o.lse.extent[1],
-                     o.lse.extent[2], q.extent[0], q.extent[1], q.extent[2]);
-    if (!writes_apart(o.lse))
-      return invalid("fovea: lse overlaps itself: strides [%td, %td, %td]", o.lse.stride[0], o.lse.stride[1],
-                     o.lse.stride[2]);
-    if (Status s = check_apart({"out", out_bytes}, "lse", lse_bytes); !s.ok()) return s;
-  }
-  const auto span_bytes = [](const auto& span) {
-    const auto base = reinterpret_cast<std::uintptr_t>(span.data());
-    return Bytes{base, base + span.size_bytes()};
-  };
+  if (Status s = check_outputs(out, out_bytes, o.lse, q.extent, lse_bytes); !s.ok()) return s;
   Bytes bias_bytes, keep_bytes;
   if (Status s = check_data("bias", o.bias, bias_bytes); o.bias && !s.ok()) return s;
   if (Status s = check_data("keep", o.keep, keep_bytes); o.keep && !s.ok()) return s;
