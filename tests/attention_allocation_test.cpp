@@ -39,6 +39,12 @@ OUT_OF_LINE void* operator new[](std::size_t bytes, std::align_val_t a) {
 }
 OUT_OF_LINE void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 1); }
 OUT_OF_LINE void* operator new[](std::size_t bytes, const std::nothrow_t&) noexcept { return counted(bytes, 1); }
+OUT_OF_LINE void* operator new(std::size_t bytes, std::align_val_t a, const std::nothrow_t&) noexcept {
+  return counted(bytes, static_cast<std::size_t>(a));
+}
+OUT_OF_LINE void* operator new[](std::size_t bytes, std::align_val_t a, const std::nothrow_t&) noexcept {
+  return counted(bytes, static_cast<std::size_t>(a));
+}
 OUT_OF_LINE void operator delete(void* at) noexcept { std::free(at); }
 OUT_OF_LINE void operator delete[](void* at) noexcept { std::free(at); }
 OUT_OF_LINE void operator delete(void* at, std::size_t) noexcept { std::free(at); }
@@ -49,6 +55,8 @@ OUT_OF_LINE void operator delete(void* at, std::size_t, std::align_val_t) noexce
 OUT_OF_LINE void operator delete[](void* at, std::size_t, std::align_val_t) noexcept { std::free(at); }
 OUT_OF_LINE void operator delete(void* at, const std::nothrow_t&) noexcept { std::free(at); }
 OUT_OF_LINE void operator delete[](void* at, const std::nothrow_t&) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete(void* at, std::align_val_t, const std::nothrow_t&) noexcept { std::free(at); }
+OUT_OF_LINE void operator delete[](void* at, std::align_val_t, const std::nothrow_t&) noexcept { std::free(at); }
 
 namespace {
 
