@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <fovea/attention.hpp>
 #include <fovea/reference/softmax.hpp>
+#include <fovea/reference/variant.hpp>
 #include <random>
 #include <vector>
 
@@ -20,25 +21,31 @@ inline std::vector<float> random_values(index_t count, unsigned seed) {
   return values;
 }
 
-// Largest difference between `out` and the same call done as plain loops in double.
-inline double error_of(fovea::Tensor<const float> q, fovea::Tensor<const float> k, fovea::Tensor<const float> v,
-                       fovea::Tensor<const float> out, const fovea::AttentionOptions& options = {}) {
+// Largest difference between `out` and what `compute` writes into a tensor of doubles.
+template <class Compute>
+double difference(fovea::Tensor<const float> out, const Compute& compute) {
   const auto [batch, heads, len, dim] = out.extent;
   std::vector<double> expected(static_cast<std::size_t>(batch * heads * len * dim));
   const auto reference = fovea::bhsd(expected.data(), batch, heads, len, dim);
-  fovea::reference::softmax(q, k, v, reference, options);
+  compute(reference);
   double largest = 0;
   for (index_t b = 0; b < batch; ++b) {
     for (index_t h = 0; h < heads; ++h) {
       for (index_t i = 0; i < len; ++i) {
         for (index_t d = 0; d < dim; ++d) {
-          const double difference = std::abs(double{out(b, h, i, d)} - reference(b, h, i, d));
-          if (!(difference <= largest)) largest = difference;   // a NaN is a difference too
+          const double distance = std::abs(double{out(b, h, i, d)} - reference(b, h, i, d));
+          if (!(distance <= largest)) largest = distance;   // a NaN is a difference too
         }
       }
     }
   }
   return largest;
+}
+
+// Against the same call done as plain loops in double.
+inline double error_of(fovea::Tensor<const float> q, fovea::Tensor<const float> k, fovea::Tensor<const float> v,
+                       fovea::Tensor<const float> out, const fovea::AttentionOptions& options = {}) {
+  return difference(out, [&](fovea::Tensor<double> to) { fovea::reference::softmax(q, k, v, to, options); });
 }
 
 // The exit status of an example. Outputs are averages of values in [-1, 1]; fp32 is good for some 1e-7 of that, so 1e-5

@@ -7,7 +7,7 @@ import pathlib
 import re
 import sys
 
-FLOOR = dict(core=0, simd=1, engine=2, mechanisms=3, modules=4, cache=4, distributed=4, analysis=4)
+FLOOR = dict(core=0, simd=1, engine=2, call=3, mechanisms=3, modules=4, cache=4, distributed=4, analysis=4)
 # Eigen's symbols carry no instruction set in their names, so kernels must not meet it; xsimd and intrinsics are floor 1's.
 ROOMS = {
     r"(unsupported/)?Eigen/": {"adapters", "analysis"},
@@ -35,7 +35,7 @@ def main() -> int:
                 continue
             up = own[0] in FLOOR and to[0] in FLOOR and FLOOR[to[0]] > FLOOR[own[0]]
             door = own[0] in FLOOR and len(to) == 1                                # a floor never includes a front door
-            sibling = own[0] == to[0] == "mechanisms"
+            sibling = own[0] in ("mechanisms", "call") and to[0] == "mechanisms"
             parts = own[0] == "engine" and "parts" not in own and "parts" in to    # an engine knows concepts, not policies
             reference = (own[0] == "reference") != (to[0] == "reference") and len(own) > 1 and to[0] != "core"
             adapter = (own[0] == "adapters" and to[0] != "core") or (to[0] == "adapters" and own[0] != "adapters")

@@ -22,6 +22,7 @@
 #pragma once
 #include <span>
 
+#include "call/variant.hpp"
 #include "core/attention_options.hpp"
 #include "core/kv.hpp"
 #include "core/status.hpp"
@@ -30,14 +31,6 @@
 
 namespace fovea {
 inline namespace v0 {
-
-// The shape of a call, without its data.
-struct AttentionShape {
-  index_t batch = 1;   // of the views; a ragged call has batch 1
-  index_t q_heads = 1, kv_heads = 1;
-  index_t len_q = 0, len_k = 0;   // extents of the views along pos
-  index_t dim_qk = 0, dim_v = 0;
-};
 
 // A row whose weights are wanted: query q_index of sequence `sequence` (the batch entry, or the member of a ragged batch).
 struct WeightRow {
@@ -84,6 +77,30 @@ template <class Compiled = AllFormats>
 Status prepare(AttentionRun& run, const Plan& plan, const Operand& q, const Kv& kv, const Result& out,
                const AttentionOptions& options);
 void run_lane(AttentionRun& run, int lane);
+
+// The same calls for a variant (call/variant.hpp): scores, masks, normalisers and closings of your own, or of mechanisms/. A plan
+// made for one variant serves others with the same needs; a prepared run refers to the variant.
+template <AnyVariant V>
+Status supports(const AttentionShape& shape, const AttentionOptions& options, const V& variant);
+template <AnyVariant V>
+Status make_plan(Plan& plan, const AttentionShape& shape, const AttentionOptions& options, const V& variant);
+template <class TK, class TV, AnyVariant V>
+Status attention(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, const Result& out,
+                 const AttentionOptions& options, const V& variant);
+template <class Compiled = AllFormats, AnyVariant V>
+Status attention(const Operand& q, const Kv& kv, const Result& out, const AttentionOptions& options, const V& variant);
+template <class TK, class TV, AnyVariant V>
+Status attention(const Plan& plan, const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, const Result& out,
+                 const AttentionOptions& options, const V& variant);
+template <class Compiled = AllFormats, AnyVariant V>
+Status attention(const Plan& plan, const Operand& q, const Kv& kv, const Result& out, const AttentionOptions& options,
+                 const V& variant);
+template <class TK, class TV, AnyVariant V>
+Status prepare(AttentionRun& run, const Plan& plan, const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v,
+               const Result& out, const AttentionOptions& options, const V& variant);
+template <class Compiled = AllFormats, AnyVariant V>
+Status prepare(AttentionRun& run, const Plan& plan, const Operand& q, const Kv& kv, const Result& out,
+               const AttentionOptions& options, const V& variant);
 
 // out_a, lse_a become the attention over the union of the key sets of a and b. Both are normalised fp32 results with
 // natural-log LSE; a row with LSE -inf is empty, whatever its out holds. A sink belongs to exactly one of the partials.

@@ -50,5 +50,13 @@ struct AttentionOptions {
   CpuShape cpu = {};
 };
 
+// The shape of a call, without its data.
+struct AttentionShape {
+  index_t batch = 1;   // of the views; a ragged call has batch 1
+  index_t q_heads = 1, kv_heads = 1;
+  index_t len_q = 0, len_k = 0;   // extents of the views along pos
+  index_t dim_qk = 0, dim_v = 0;
+};
+
 }  // namespace v0
 }  // namespace fovea

@@ -88,14 +88,11 @@ struct Kv {
 };
 
 // K and V as two tensors, [batch, kv_head, pos, dim]; innermost stride 1 (checked by the call).
-template <class TK, class TV>
-FOVEA_DATA_INLINE Kv dense_kv(const Tensor<TK>& k, const Tensor<TV>& v) {
-  constexpr auto kSizeK = static_cast<index_t>(sizeof(TK)), kSizeV = static_cast<index_t>(sizeof(TV));
+FOVEA_DATA_INLINE Kv dense_kv(const Operand& k, const Operand& v) {
+  const index_t k_number = row_bytes(k.format, 1), v_number = row_bytes(v.format, 1);
   Kv kv;
-  kv.k = {reinterpret_cast<const std::byte*>(k.data), FormatOf<std::remove_const_t<TK>>::value,
-          {k.stride[0] * kSizeK, k.stride[1] * kSizeK, k.stride[2] * kSizeK}};
-  kv.v = {reinterpret_cast<const std::byte*>(v.data), FormatOf<std::remove_const_t<TV>>::value,
-          {v.stride[0] * kSizeV, v.stride[1] * kSizeV, v.stride[2] * kSizeV}};
+  kv.k = {k.data, k.format, {k.stride[0] * k_number, k.stride[1] * k_number, k.stride[2] * k_number}};
+  kv.v = {v.data, v.format, {v.stride[0] * v_number, v.stride[1] * v_number, v.stride[2] * v_number}};
   kv.kv_heads = k.extent[1];
   kv.dim_qk = k.extent[3];
   kv.dim_v = v.extent[3];

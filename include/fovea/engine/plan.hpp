@@ -53,11 +53,17 @@ struct PlanRequest {
   Panels panels;
   int lanes;
   CpuShape cpu;
+  bool split_keys = true;   // may decode regimes split the keys of a row into partial results
+  bool strip = false;       // keep whole rows of scores
 };
 
 inline constexpr index_t kDecodeRows = 16;    // at most so many query rows per kv head read K and V in place
 inline constexpr index_t kWideRows = 256;     // at most so many are packed and still split the keys: one kv head of many
+constexpr Regime automatic_regime(index_t rows) {
+  return rows <= kDecodeRows ? Regime::decode : rows <= kWideRows ? Regime::wide_decode : Regime::prefill;
+}
 inline constexpr index_t kSplitKeys = 1024;   // decode and wide decode: keys of one partial result
+inline constexpr index_t kStripBytes = index_t{2} << 20;   // whole rows of scores of one block: what an L2 holds
 inline constexpr index_t kMaxTasks = index_t{1} << 24;
 
 // K and V tiles of 128 KiB each at dim 128 stay in a 1 MiB L2 beside Q and the accumulators; larger dims take fewer keys.
@@ -92,6 +98,7 @@ class Plan {
   index_t key_tile_size = 0;
   index_t max_rows = 0;       // of any block, rounded up to whole row groups
   index_t partial_rows = 0;   // (split, row) pairs
+  index_t strip_keys = 0;     // keys of a row of scores that is kept whole, in whole key tiles; 0 without
   bool has_packed = false;
   std::vector<Sequence> sequences;
   std::vector<Block> blocks;
@@ -111,6 +118,7 @@ struct LaneMemory {
   std::byte* states;    // [max_rows, kStateBytes]
   std::uint8_t* live;   // [row of a group, kMaxKeyTile]
   index_t* hulls;       // [row group, 2]
+  float* strip;         // [max_rows + 1, strip_keys]  the last row is scratch
 };
 
 inline constexpr index_t kStateBytes = 32;   // of a row's normaliser; the workspace's size is known before the policies are
@@ -134,6 +142,7 @@ inline LaneMemory carve_lane(Bump& bump, const Plan& plan) {
   memory.states = bump.take<std::byte>(rows * kStateBytes);
   memory.live = bump.take<std::uint8_t>(kGroupRows * kMaxKeyTile);
   memory.hulls = bump.take<index_t>(2 * (rows / std::min(kTileRows, kDecodeRows) + 1));
+  memory.strip = bump.take<float>(plan.strip_keys == 0 ? 0 : (rows + 1) * plan.strip_keys);
   return memory;
 }
 
@@ -163,7 +172,7 @@ inline std::size_t Plan::workspace_bytes(int lanes) const {
 inline Status Plan::build(const PlanRequest& wanted) {
   request = wanted;
   key_tile_size = key_tile(request.dim_qk, request.dim_v);
-  max_rows = partial_rows = 0;
+  max_rows = partial_rows = strip_keys = 0;
   has_packed = false;
   blocks.clear();
   tasks.clear();
@@ -182,12 +191,15 @@ inline Status Plan::build(const PlanRequest& wanted) {
       const Sequence& sequence = sequences[s];
       const index_t rows = sequence.len_q * group();
       if (rows == 0) continue;
-      const Regime regime = request.regime != Regime::automatic ? request.regime
-                            : rows <= kDecodeRows               ? Regime::decode
-                            : rows <= kWideRows                 ? Regime::wide_decode
-                                                                : Regime::prefill;
-      const bool splits_keys = regime != Regime::prefill;
-      const index_t cap = regime == Regime::decode ? kDecodeRows : row_cap;
+      const Regime regime = request.regime == Regime::automatic ? automatic_regime(rows) : request.regime;
+      const bool splits_keys = regime != Regime::prefill && request.split_keys && !request.strip;
+      index_t cap = regime == Regime::decode ? kDecodeRows : row_cap;
+      if (request.strip) {
+        // What a block of up to 1024 rows reaches, in whole key tiles.
+        const index_t reached = request.reach.left + request.reach.right + 2 * key_tile_size + 1024 / group();
+        const index_t kept = kStripBytes / (4 * std::max(std::min(sequence.len_k, reached), key_tile_size));
+        cap = std::clamp(kept / kTileRows * kTileRows, std::min(kTileRows, cap), cap);
+      }
       const index_t count = std::max((rows + cap - 1) / cap, std::min(blocks_wanted, (rows + kTileRows - 1) / kTileRows));
       const index_t step = padded((rows + count - 1) / count, group_rows(regime));
       for (index_t begin = 0; begin < rows; begin += step) {
@@ -227,6 +239,7 @@ inline Status Plan::build(const PlanRequest& wanted) {
       }
       if (block.splits > 1) partial_rows += block.splits * block.row_count;
     }
+    if (request.strip) strip_keys = std::max(strip_keys, padded(k_end, key_tile_size) - k_begin / key_tile_size * key_tile_size);
     has_packed = has_packed || block.regime != Regime::decode;
     max_rows = std::max(max_rows, padded(block.row_count, group_rows(block.regime)));
     return true;

@@ -96,8 +96,15 @@ concept Normalizer = requires(const N& norm, typename N::State& a, const typenam
   { norm.finish(b) } -> std::same_as<Final>;
 };
 
+// row: scores -> weights where no online form exists. Gets the scores of every key of the row's reach at once, -inf where masked,
+// and as many floats of scratch; turns them into weights in place. Rows are kept in the workspace: O(rows x len_k).
+template <class N>
+concept WholeRowNormalizer = requires(const N& norm, const Row& row, std::span<float> scores, std::span<float> scratch) {
+  { norm.weigh_row(row, scores, scratch) } -> std::same_as<Final>;
+};
+
 // row: watches the weights of a key run before they are used; never changes them. `rescale` is what earlier weights of the
-// row shrink by. Only plans without key splits may carry one.
+// row shrink by; a sink that ends the row shrinks them once more, without weights of its own. Only plans without key splits may carry one.
 template <class T>
 concept Tap = requires(const T& tap, const Row& row, index_t k_begin, std::span<const float> weights, float rescale,
                        Final end) {
@@ -111,17 +118,55 @@ concept Epilogue = requires(const E& epilogue, const Row& row, std::span<float> 
   epilogue.store(row, acc, end);
 };
 
-// The do-nothing parts. The engine may ask whether a policy is one of these two, and nothing else.
+// The do-nothing parts. The engine may ask whether a policy is one of these three, and nothing else.
 struct Identity {
   struct Lane {
     FOVEA_INLINE f32 operator()(f32 s, i32) const { return s; }
   };
   FOVEA_INLINE Lane at(const Row&) const { return {}; }
 };
+struct Everything {
+  struct Lane {
+    FOVEA_INLINE keep_t operator()(i32) const { return f32(0.f) == f32(0.f); }
+  };
+  FOVEA_INLINE bool off() const { return true; }
+  FOVEA_INLINE Lane at(const Row&) const { return {}; }
+  FOVEA_INLINE KeyRange hull(std::span<const Row>) const { return {0, PTRDIFF_MAX}; }
+  FOVEA_INLINE Cover cover(const Tile&) const { return Cover::full; }
+};
 struct NoTap {
   FOVEA_INLINE void absorb(const Row&, index_t, std::span<const float>, float) const {}
   FOVEA_INLINE void finish(const Row&, Final) const {}
 };
+
+// What the engine keeps per row between the key tiles.
+template <class N>
+struct RowState {
+  using type = Final;
+};
+template <Normalizer N>
+struct RowState<N> {
+  using type = typename N::State;
+};
+
+// f(policy), or f of what is left of it where run-time options have switched parts of it off: a policy made of parts may have
+// off() and visit(f) (engine/parts/scores.hpp, masks.hpp). Asked once per row group and tile, so that lanes carry no branches.
+template <class Policy>
+FOVEA_INLINE bool is_off(const Policy& policy) {
+  if constexpr (requires { policy.off(); }) {
+    return policy.off();
+  } else {
+    return false;
+  }
+}
+template <class Policy, class F>
+FOVEA_INLINE void visit_simplest(const Policy& policy, const F& f) {
+  if constexpr (requires { policy.visit(f); }) {
+    policy.visit(f);
+  } else {
+    f(policy);
+  }
+}
 
 template <class Source, class Score, class MaskPolicy, class Norm, class Watch, class Close>
 struct TileSpec {
@@ -147,13 +192,14 @@ constexpr bool check_policies() {
       Mask<decltype(Spec::mask)>,
       "fovea: a mask needs hull(rows) -> KeyRange, cover(Tile) -> Cover and at(Row) -> callable (i32 pos) -> keep_t; "
       "see docs/policies.md#mask");
-  static_assert(Normalizer<decltype(Spec::norm)>,
-                "fovea: a normalizer needs State, begin, absorb, merge and finish; see docs/policies.md#normalizer");
+  constexpr bool kNormalizes = Normalizer<decltype(Spec::norm)> || WholeRowNormalizer<decltype(Spec::norm)>;
+  static_assert(kNormalizes,
+                "fovea: a normalizer needs State, begin, absorb, merge and finish, or weigh_row; see docs/policies.md#normalizer");
   static_assert(Tap<decltype(Spec::tap)>, "fovea: a tap needs absorb and finish; see docs/policies.md#tap");
   static_assert(Epilogue<decltype(Spec::epilogue)>,
                 "fovea: an epilogue needs store(Row, acc, Final); see docs/policies.md#epilogue");
   return KvSource<decltype(Spec::source)> && ScoreMod<decltype(Spec::score)> && Mask<decltype(Spec::mask)> &&
-         Normalizer<decltype(Spec::norm)> && Tap<decltype(Spec::tap)> && Epilogue<decltype(Spec::epilogue)>;
+         kNormalizes && Tap<decltype(Spec::tap)> && Epilogue<decltype(Spec::epilogue)>;
 }
 
 }   // namespace FOVEA_ARCH

@@ -9,6 +9,8 @@
 //          per row: weights in place, the old sum shrinks by `rescale`
 //          acc = rescale * acc + weights V
 //   3. close the rows, or leave them as partials; the last task of a split block adds the partials up in key order
+// Where a row's weights need all of its scores (sparsemax, entmax), step 2 runs twice: scores into a strip of whole rows, the
+// strip's rows turned into weights, weights times V.
 // The loop knows concepts, never a mechanism, an option, a storage type or a thread.
 #pragma once
 #include <atomic>
@@ -85,25 +87,24 @@ FOVEA_INLINE void stream_group_scores(const Source& source, const Tile& tile, in
   }
 }
 
-// Score modification and mask, lane by lane, over whole vectors. -inf fills up the run before
-// begin and the vector behind end.
+// Score modification and mask, lane by lane, over whole vectors; Everything: the tile is full. -inf fills up the run before begin
+// and the vector behind end.
 template <class Score, class MaskPolicy>
-FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cover cover, const Tile& tile,
-                                index_t tile_begin, float* scores) {
-  constexpr bool kModified = !std::is_same_v<Score, Identity>;
+void modify_lanes(const Score& score, const MaskPolicy& mask, const Tile& tile, index_t tile_begin, float* scores) {
+  constexpr bool kModified = !std::is_same_v<Score, Identity>, kMasked = !std::is_same_v<MaskPolicy, Everything>;
   const f32 masked(-std::numeric_limits<float>::infinity());
   const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
   const index_t first = begin / kLanes * kLanes, last = padded(end, kLanes);
-  const i32 numbers = lane_numbers();
+  const i32 numbers = lane_numbers() + i32(static_cast<std::int32_t>(tile_begin));
   for (std::size_t r = 0; r < tile.rows.size(); ++r) {
     float* const s = scores + static_cast<index_t>(r) * kScoreStride;
-    if (kModified || cover == Cover::partial) {
+    if constexpr (kModified || kMasked) {
       const auto lane_score = score.at(tile.rows[r]);
       const auto lane_keep = mask.at(tile.rows[r]);
       for (index_t j = first; j < last; j += kLanes) {
-        const i32 pos = numbers + i32(static_cast<std::int32_t>(tile_begin + j));
+        const i32 pos = numbers + i32(static_cast<std::int32_t>(j));
         f32 value = lane_score(load(s + j), pos);
-        if (cover == Cover::partial) value = select(lane_keep(pos), value, masked);
+        if constexpr (kMasked) value = select(lane_keep(pos), value, masked);
         store(s + j, value);
       }
     }
@@ -112,11 +113,25 @@ FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cove
   }
 }
 
+template <class Score, class MaskPolicy>
+FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cover cover, const Tile& tile,
+                                index_t tile_begin, float* scores) {
+  visit_simplest(score, [&](const auto& simple_score) {
+    if (cover == Cover::full) {
+      modify_lanes(simple_score, Everything{}, tile, tile_begin, scores);
+    } else {
+      visit_simplest(mask,
+                     [&](const auto& simple_mask) { modify_lanes(simple_score, simple_mask, tile, tile_begin, scores); });
+    }
+  });
+}
+
 template <class Spec, class PanelType>
 class TileRun {
  public:
   using Element = typename PanelType::Element;
-  using State = typename decltype(Spec::norm)::State;
+  using State = typename RowState<decltype(Spec::norm)>::type;
+  static constexpr bool kOnline = Normalizer<decltype(Spec::norm)>;
   static_assert(check_policies<Spec>());
   static_assert(sizeof(State) <= kStateBytes && std::is_trivially_copyable_v<State>);
 
@@ -132,12 +147,17 @@ class TileRun {
     [[maybe_unused]] constexpr bool kTapped = !std::is_same_v<decltype(Spec::tap), NoTap>;
     block_ = &plan_.blocks[static_cast<std::size_t>(task.block)];
     group_rows_ = plan_.group_rows(block_->regime);
-    FOVEA_ASSERT(!kTapped || block_->splits == 1);
+    FOVEA_ASSERT((kOnline && !kTapped) || block_->splits == 1);
     open_rows(task);
-    visit_tiles();
+    if constexpr (kOnline) {
+      visit_tiles([this](index_t g, const Tile& tile, index_t begin, Cover cover) { visit(g, tile, begin, cover); });
+    } else {
+      keep_scores();
+      weigh_strip();
+    }
     if (block_->splits == 1) {
       close_rows(memory_.rows, memory_.acc, states_);
-    } else {
+    } else if constexpr (kOnline) {
       leave_partials(task);
     }
   }
@@ -152,6 +172,7 @@ class TileRun {
   const Block* block_ = nullptr;
   index_t group_rows_ = 0;
   KeyRange reach_{};   // keys some row of the block may see in this task
+  bool keys_packed_ = false, values_packed_ = false;   // of the key tile at hand
   bool values_finite_ = true;
 
   index_t dim_qk() const { return plan_.request.dim_qk; }
@@ -172,7 +193,9 @@ class TileRun {
 
   void open_rows(const Task& task) {
     list_rows(plan_, *block_, memory_.rows);
-    for (index_t r = 0; r < block_->row_count; ++r) states_[r] = spec_.norm.begin(memory_.rows[r], false);
+    if constexpr (kOnline) {
+      for (index_t r = 0; r < block_->row_count; ++r) states_[r] = spec_.norm.begin(memory_.rows[r], false);
+    }
     // Packed kernels round the last group's rows up; the others touch the rows they are given, and one row is the usual case.
     const index_t cleared = packed() ? padded(block_->row_count, group_rows_) : block_->row_count;
     std::memset(memory_.acc, 0, static_cast<std::size_t>(cleared * acc_stride(plan_)) * sizeof(float));
@@ -216,67 +239,135 @@ class TileRun {
     }
   }
 
-  void visit_tiles() {
+  // f(g, tile, tile_begin, cover) for every group of rows and the part of every key tile it may see, key tile by key tile.
+  template <class F>
+  FOVEA_INLINE void visit_tiles(const F& f) {
     const index_t size = plan_.key_tile_size;
     for (index_t begin = reach_.begin / size * size; begin < reach_.end; begin += size) {
-      bool loaded = !packed();
+      keys_packed_ = values_packed_ = !packed();
       for (index_t g = 0; g < groups(); ++g) {
         const Tile tile{rows_of(g), std::max(begin, memory_.hulls[2 * g]), std::min(begin + size, memory_.hulls[2 * g + 1])};
         if (tile.k_begin >= tile.k_end) continue;
         const Cover cover = spec_.mask.cover(tile);
-        if (cover == Cover::skip) continue;
-        if (!loaded) {
-          pack_tile(Tile{tile.rows, std::max(begin, reach_.begin), std::min(begin + size, reach_.end)}, begin);
-          loaded = true;
-        }
-        visit(g, tile, begin, cover);
+        if (cover != Cover::skip) f(g, tile, begin, cover);
       }
     }
   }
+  // All keys of the block in the key tile.
+  Tile whole_tile(const Tile& tile, index_t tile_begin) const {
+    return {tile.rows, std::max(tile_begin, reach_.begin), std::min(tile_begin + plan_.key_tile_size, reach_.end)};
+  }
 
   // K transposed into panels, V copied into panels, once for all rows of the block.
-  void pack_tile(const Tile& tile, index_t tile_begin) {
+  void pack_tile(const Tile& tile, index_t tile_begin, bool with_keys, bool with_values) {
     const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
-    PanelType::clear_keys(keys(), dim_qk(), begin / kPanel * kPanel, begin);
-    PanelType::clear_keys(keys(), dim_qk(), end, padded(end, kPanel));
-    values_finite_ = true;
+    if (with_keys) {
+      PanelType::clear_keys(keys(), dim_qk(), begin / kPanel * kPanel, begin);
+      PanelType::clear_keys(keys(), dim_qk(), end, padded(end, kPanel));
+    }
+    if (with_values) values_finite_ = true;
     for (index_t key = tile.k_begin; key < tile.k_end;) {
       const Run run = spec_.source.run(tile.rows.front(), key, tile.k_end);
       const index_t column = key - tile_begin;
-      run.kernels->k.pack(run.k, dim_qk(), column, keys());
-      const bool finite = run.kernels->v.pack(run.v, dim_v(), column, values(), value_panel());
-      values_finite_ = values_finite_ && finite;
+      if (with_keys) run.kernels->k.pack(run.k, dim_qk(), column, keys());
+      if (with_values) {
+        const bool finite = run.kernels->v.pack(run.v, dim_v(), column, values(), value_panel());
+        values_finite_ = values_finite_ && finite;
+      }
       key += run.k.count;
     }
+    keys_packed_ = keys_packed_ || with_keys;
+    values_packed_ = values_packed_ || with_values;
   }
 
-  void visit(index_t g, const Tile& tile, index_t tile_begin, Cover cover) {
-    const index_t rows = static_cast<index_t>(tile.rows.size());
+  // The group's modified scores of the tile, in memory_.scores.
+  void make_scores(index_t g, const Tile& tile, index_t tile_begin, Cover cover) {
     const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
     if (packed()) {
-      PanelType::scores(rows, begin, end, packed_queries(g), keys(), dim_qk(), queries_.scale, memory_.scores);
+      PanelType::scores(static_cast<index_t>(tile.rows.size()), begin, end, packed_queries(g), keys(), dim_qk(),
+                        queries_.scale, memory_.scores);
     } else {
       stream_group_scores(spec_.source, tile, tile_begin, stored_queries(g), query_stride(plan_), dim_qk(), memory_.scores);
     }
     modify_scores(spec_.score, spec_.mask, cover, tile, tile_begin, memory_.scores);
+  }
 
-    const bool some_masked = cover == Cover::partial && !finite_values(tile);
-    if (some_masked) note_live(tile, tile_begin);
-    const index_t first = begin / kScoreRun * kScoreRun;
-    const ScoreRows scores{memory_.scores + first, rows, padded(end, kLanes) - first};
-    spec_.norm.absorb(states_ + g * group_rows_, scores, memory_.rescale);
-    if constexpr (!std::is_same_v<decltype(Spec::tap), NoTap>) {
-      for (index_t r = 0; r < rows; ++r)
-        spec_.tap.absorb(tile.rows[static_cast<std::size_t>(r)], tile_begin + first, scores.row(r), memory_.rescale[r]);
-    }
-
-    if (some_masked) {
+  // acc = rescale * acc + weights V, with the weights in memory_.scores.
+  void weigh(index_t g, const Tile& tile, index_t tile_begin, Cover cover) {
+    if ((!kOnline || cover == Cover::partial) && !finite_values(tile)) {
+      if constexpr (kOnline) {
+        note_live(tile, tile_begin);
+      } else {
+        note_weighed(tile, tile_begin);
+      }
       weigh_live(g, tile, tile_begin);
     } else if (packed()) {
-      weigh_packed(g, rows, begin, end);
+      weigh_packed(g, static_cast<index_t>(tile.rows.size()), tile.k_begin - tile_begin, tile.k_end - tile_begin);
     } else {
-      weigh_stored(g * group_rows_, rows, tile, memory_.scores + begin, memory_.rescale);
+      weigh_stored(g * group_rows_, static_cast<index_t>(tile.rows.size()), tile,
+                   memory_.scores + (tile.k_begin - tile_begin), memory_.rescale);
     }
+  }
+
+  void watch(const Tile& tile, index_t tile_begin, const ScoreRows& weights, index_t first) {
+    if constexpr (!std::is_same_v<decltype(Spec::tap), NoTap>) {
+      for (index_t r = 0; r < weights.rows; ++r)
+        spec_.tap.absorb(tile.rows[static_cast<std::size_t>(r)], tile_begin + first, weights.row(r), memory_.rescale[r]);
+    }
+  }
+
+  void visit(index_t g, const Tile& tile, index_t tile_begin, Cover cover) {
+    if (!keys_packed_) pack_tile(whole_tile(tile, tile_begin), tile_begin, true, true);
+    make_scores(g, tile, tile_begin, cover);
+    const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin, first = begin / kScoreRun * kScoreRun;
+    const ScoreRows scores{memory_.scores + first, static_cast<index_t>(tile.rows.size()), padded(end, kLanes) - first};
+    spec_.norm.absorb(states_ + g * group_rows_, scores, memory_.rescale);
+    watch(tile, tile_begin, scores, first);
+    weigh(g, tile, tile_begin, cover);
+  }
+
+  // The strip form. Row r of the strip holds the scores of the keys from the first key tile on, then the weights.
+  index_t strip_begin() const { return reach_.begin / plan_.key_tile_size * plan_.key_tile_size; }
+  index_t strip_count() const { return std::max<index_t>(padded(reach_.end, plan_.key_tile_size) - strip_begin(), 0); }
+  float* strip_row(index_t r) const { return memory_.strip + r * plan_.strip_keys; }
+
+  void keep_scores() {
+    for (index_t r = 0; r < block_->row_count; ++r)
+      std::fill_n(strip_row(r), strip_count(), -std::numeric_limits<float>::infinity());
+    visit_tiles([this](index_t g, const Tile& tile, index_t tile_begin, Cover cover) {
+      if (!keys_packed_) pack_tile(whole_tile(tile, tile_begin), tile_begin, true, false);
+      make_scores(g, tile, tile_begin, cover);
+      const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
+      for (index_t r = 0; r < static_cast<index_t>(tile.rows.size()); ++r)
+        std::copy(memory_.scores + r * kScoreStride + begin, memory_.scores + r * kScoreStride + end,
+                  strip_row(g * group_rows_ + r) + (tile.k_begin - strip_begin()));
+    });
+    const auto count = static_cast<std::size_t>(strip_count());
+    float* const scratch = strip_row(plan_.max_rows);
+    for (index_t r = 0; r < block_->row_count; ++r)
+      states_[r] = spec_.norm.weigh_row(memory_.rows[r], {strip_row(r), count}, {scratch, count});
+  }
+
+  // Key tiles that no row of a group gives weight are passed over without reading their values.
+  void weigh_strip() {
+    std::fill_n(memory_.rescale, group_rows_, 1.f);
+    visit_tiles([this](index_t g, const Tile& tile, index_t tile_begin, Cover cover) {
+      const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin, first = begin / kScoreRun * kScoreRun;
+      const ScoreRows weights{memory_.scores + first, static_cast<index_t>(tile.rows.size()), padded(end, kLanes) - first};
+      f32 sum(0.f);
+      for (index_t r = 0; r < weights.rows; ++r) {
+        const float* const from = strip_row(g * group_rows_ + r) + (tile_begin - strip_begin()) + first;
+        for (index_t j = 0; j < weights.count; j += kLanes) {
+          const f32 w = load(from + j);
+          store(weights.data + r * kScoreStride + j, w);
+          sum = sum + abs(w);
+        }
+      }
+      if (reduce_add(sum) == 0.f) return;
+      if (!values_packed_) pack_tile(whole_tile(tile, tile_begin), tile_begin, false, true);
+      watch(tile, tile_begin, weights, first);
+      weigh(g, tile, tile_begin, cover);
+    });
   }
 
   void weigh_packed(index_t g, index_t rows, index_t begin, index_t end) {
@@ -321,6 +412,14 @@ class TileRun {
       }
     }
   }
+  // In the strip form a key without weight leaves no trace either: whether its tile is passed over depends on the row's neighbours.
+  void note_weighed(const Tile& tile, index_t tile_begin) {
+    for (std::size_t r = 0; r < tile.rows.size(); ++r) {
+      const index_t row = static_cast<index_t>(r);
+      for (index_t j = tile.k_begin - tile_begin; j < tile.k_end - tile_begin; ++j)
+        memory_.live[row * kMaxKeyTile + j] = memory_.scores[row * kScoreStride + j] != 0.f;
+    }
+  }
   void weigh_live(index_t g, const Tile& tile, index_t tile_begin) {
     const float keep = 1.f;
     for (index_t r = 0; r < static_cast<index_t>(tile.rows.size()); ++r) {
@@ -351,12 +450,18 @@ class TileRun {
   void close_rows(const Row* rows, float* acc, const State* states) {
     const index_t dim = dim_v();
     for (index_t r = 0; r < block_->row_count; ++r, acc += acc_stride(plan_)) {
-      State whole = spec_.norm.begin(rows[r], true);
-      const float factor = spec_.norm.merge(whole, states[r])[1];
-      if (factor != 1.f) {
-        for (index_t d = 0; d < dim; d += kLanes) store(acc + d, load(acc + d) * f32(factor));
+      Final end;
+      if constexpr (kOnline) {
+        State whole = spec_.norm.begin(rows[r], true);
+        const float factor = spec_.norm.merge(whole, states[r])[1];
+        if (factor != 1.f) {
+          spec_.tap.absorb(rows[r], 0, {}, factor);
+          for (index_t d = 0; d < dim; d += kLanes) store(acc + d, load(acc + d) * f32(factor));
+        }
+        end = spec_.norm.finish(whole);
+      } else {
+        end = states[r];
       }
-      const Final end = spec_.norm.finish(whole);
       spec_.tap.finish(rows[r], end);
       spec_.epilogue.store(rows[r], {acc, static_cast<std::size_t>(dim)}, end);
     }

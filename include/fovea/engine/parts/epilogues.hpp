@@ -36,6 +36,29 @@ struct Store {
   }
 };
 
+// Where a row stands in the views of the call: q, out, and whatever else has a row per query.
+struct OutRow {
+  index_t batch, q_head, pos;
+};
+
+// A finished row changed before it is stored: a gate, a norm, a sum with what stands in out. change(OutRow, values, end) gets the
+// dim_v normalised numbers of the row, padded to whole vectors with numbers of no meaning, and may write all of them; end.lse
+// is there where the call asks for it, or Change::kNeedsLse does.
+template <class Change>
+struct Closing {
+  Store store_to;
+  const Change& change;
+
+  FOVEA_INLINE void store(const Row& row, std::span<float> acc, Final end) const {
+    const Sequence& sequence = store_to.sequences[row.sequence];
+    const f32 scale(end.scale);
+    for (index_t d = 0; d < static_cast<index_t>(acc.size()); d += kLanes)
+      fovea::store(acc.data() + d, (load(acc.data() + d) + f32(0.f)) * scale);
+    change(OutRow{sequence.batch, row.q_head, sequence.q_begin + row.q_index}, acc, end);
+    store_to.store(row, acc, {1.f, end.lse});
+  }
+};
+
 }   // namespace FOVEA_ARCH
 }   // namespace v0
 }   // namespace fovea

@@ -59,6 +59,7 @@ struct Band {
 struct Tree {
   const std::uint64_t* words;   // [query of the call], null without trees
   const Sequence* sequences;    // [sequence]
+  FOVEA_INLINE bool off() const { return words == nullptr; }
 
   struct Lane {
     std::uint64_t word;
@@ -98,6 +99,7 @@ FOVEA_INLINE const T* mask_row(const View<const T, 4>& view, const Row& row) {
 struct StoredMask {
   View<const std::uint8_t, 4> keep;
   View<const float, 4> bias;
+  FOVEA_INLINE bool off() const { return !keep && !bias; }
 
   struct Lane {
     const std::uint8_t* keep;
@@ -172,13 +174,21 @@ struct StoredMask {
     Found found{false, false};
     index_t j = 0;
     if (stride == 1 && count >= kLanes) {
-      keep_t all_live = f32(0.f) == f32(0.f), all_dead = all_live;
-      for (; j + kLanes <= count; j += kLanes) {
-        const f32 b = load(from + j);
-        all_live = all_live & (b != f32(masked));
-        all_dead = all_dead & (b == f32(masked));
+      // Nearly every tile has no masked key, and a minimum is half the price of the two comparisons that tell the rest apart. A NaN
+      // ends here too.
+      f32 least = load(from);
+      for (j = kLanes; j + kLanes <= count; j += kLanes) least = xsimd::min(load(from + j), least);
+      if (xsimd::all(least > f32(masked))) {
+        found = {true, false};
+      } else {
+        keep_t all_live = f32(0.f) == f32(0.f), all_dead = all_live;
+        for (j = 0; j + kLanes <= count; j += kLanes) {
+          const f32 b = load(from + j);
+          all_live = all_live & (b != f32(masked));
+          all_dead = all_dead & (b == f32(masked));
+        }
+        found = {!xsimd::all(all_dead), !xsimd::all(all_live)};
       }
-      found = {!xsimd::all(all_dead), !xsimd::all(all_live)};
     }
     for (; j < count; ++j) (from[j * stride] != masked ? found.live : found.dead) = true;
     return found;
@@ -213,7 +223,53 @@ struct Both {
     if (b == Cover::skip) return Cover::skip;
     return a == Cover::full && b == Cover::full ? Cover::full : Cover::partial;
   }
+
+  FOVEA_INLINE bool off() const { return is_off(first) && is_off(second); }
+  template <class F>
+  FOVEA_INLINE void visit(const F& f) const {
+    if (is_off(second)) {
+      visit_simplest(first, f);
+    } else if (is_off(first)) {
+      visit_simplest(second, f);
+    } else {
+      f(*this);
+    }
+  }
 };
+
+template <class First, class Second>
+Both(First, Second) -> Both<First, Second>;   // clang 14
+
+// Visible under one of the two.
+template <class First, class Second>
+struct Either {
+  First first;
+  Second second;
+
+  struct Lane {
+    decltype(std::declval<const First&>().at(std::declval<const Row&>())) first;
+    decltype(std::declval<const Second&>().at(std::declval<const Row&>())) second;
+    FOVEA_INLINE keep_t operator()(i32 pos) const { return first(pos) | second(pos); }
+  };
+  FOVEA_INLINE Lane at(const Row& row) const { return {first.at(row), second.at(row)}; }
+
+  // An empty hull does not widen the other.
+  FOVEA_INLINE KeyRange hull(std::span<const Row> rows) const {
+    const KeyRange a = first.hull(rows), b = second.hull(rows);
+    if (a.begin >= a.end) return b;
+    if (b.begin >= b.end) return a;
+    return {std::min(a.begin, b.begin), std::max(a.end, b.end)};
+  }
+  // Where both are partial, the union may be anything: call it partial.
+  FOVEA_INLINE Cover cover(const Tile& tile) const {
+    const Cover a = first.cover(tile);
+    if (a == Cover::full) return Cover::full;
+    const Cover b = second.cover(tile);
+    return b == Cover::full ? Cover::full : a == Cover::skip ? b : a;
+  }
+};
+template <class First, class Second>
+Either(First, Second) -> Either<First, Second>;   // clang 14
 
 }   // namespace FOVEA_ARCH
 }   // namespace v0

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What happens to a score between the dot product and the normaliser. Each part is off in its default state, so that one
-// instantiation serves every combination of options; the branches are constant along a row.
+// instantiation of the engine serves every combination of options; a chain steps aside for its only part that is on.
 #pragma once
 #include "../../core/view.hpp"
 #include "../../simd/math.hpp"
@@ -14,6 +14,7 @@ inline namespace FOVEA_ARCH {
 // cap * tanh(s / cap): Gemma 2, Grok. 0 = off.
 struct Softcap {
   float cap = 0.f;
+  FOVEA_INLINE bool off() const { return cap == 0.f; }
 
   struct Lane {
     float cap, inverse;
@@ -25,6 +26,7 @@ struct Softcap {
 // s - slope[q_head] * |pos - key|: Press et al. 2022, arXiv 2108.12409.
 struct Alibi {
   const float* slopes = nullptr;   // [q_head]
+  FOVEA_INLINE bool off() const { return slopes == nullptr; }
 
   struct Lane {
     float minus_slope;
@@ -41,6 +43,7 @@ struct Alibi {
 // s + bias[sequence, q_head, q_index, key].
 struct Bias {
   View<const float, 4> bias = {};
+  FOVEA_INLINE bool off() const { return !bias; }
 
   struct Lane {
     const float* bias;
@@ -68,7 +71,23 @@ struct Then {
     FOVEA_INLINE f32 operator()(f32 s, i32 pos) const { return second(first(s, pos), pos); }
   };
   FOVEA_INLINE Lane at(const Row& row) const { return {first.at(row), second.at(row)}; }
+
+  FOVEA_INLINE bool off() const { return is_off(first) && is_off(second); }
+  template <class F>
+  FOVEA_INLINE void visit(const F& f) const {
+    if (off()) {
+      f(Identity{});
+    } else if (is_off(first)) {
+      visit_simplest(second, f);
+    } else if (is_off(second)) {
+      visit_simplest(first, f);
+    } else {
+      f(*this);
+    }
+  }
 };
+template <class First, class Second>
+Then(First, Second) -> Then<First, Second>;   // clang 14
 
 }   // namespace FOVEA_ARCH
 }   // namespace v0

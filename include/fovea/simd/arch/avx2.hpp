@@ -23,6 +23,9 @@ FOVEA_INLINE void store_some(float* to, f32 v, index_t count) { _mm256_maskstore
 
 FOVEA_INLINE f32 to_float(i32 v) { return _mm256_cvtepi32_ps(v); }
 FOVEA_INLINE f32 abs(f32 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), v); }
+// from[index[lane]].
+FOVEA_INLINE f32 gather(const float* from, i32 index) { return _mm256_i32gather_ps(from, index, 4); }
+FOVEA_INLINE i32 gather(const std::int32_t* from, i32 index) { return _mm256_i32gather_epi32(from, index, 4); }
 
 FOVEA_INLINE float first_lane(f32 v) { return _mm256_cvtss_f32(v); }
 FOVEA_INLINE std::int32_t first_lane(i32 v) { return _mm_cvtsi128_si32(_mm256_castsi256_si128(v)); }

@@ -30,6 +30,9 @@ FOVEA_INLINE void store_some(float* to, f32 v, index_t count) { _mm512_mask_stor
 
 FOVEA_INLINE f32 to_float(i32 v) { return _mm512_cvtepi32_ps(v); }
 FOVEA_INLINE f32 abs(f32 v) { return _mm512_abs_ps(v); }
+// from[index[lane]].
+FOVEA_INLINE f32 gather(const float* from, i32 index) { return _mm512_i32gather_ps(index, from, 4); }
+FOVEA_INLINE i32 gather(const std::int32_t* from, i32 index) { return _mm512_i32gather_epi32(index, from, 4); }
 
 FOVEA_INLINE float first_lane(f32 v) { return _mm512_cvtss_f32(v); }
 FOVEA_INLINE std::int32_t first_lane(i32 v) { return _mm_cvtsi128_si32(_mm512_castsi512_si128(v)); }

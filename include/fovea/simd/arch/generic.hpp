@@ -26,6 +26,15 @@ FOVEA_INLINE void store_some(float* to, f32 v, index_t count) {
 
 FOVEA_INLINE f32 to_float(i32 v) { return xsimd::to_float(v); }
 FOVEA_INLINE f32 abs(f32 v) { return xsimd::abs(v); }
+// from[index[lane]].
+template <class T>
+FOVEA_INLINE xsimd::batch<T> gather(const T* from, i32 index) {
+  alignas(i32) std::int32_t at[kLanes];
+  alignas(i32) T values[kLanes];
+  index.store_aligned(at);
+  for (index_t i = 0; i < kLanes; ++i) values[i] = from[at[i]];
+  return xsimd::batch<T>::load_aligned(values);
+}
 
 FOVEA_INLINE float first_lane(f32 v) { return v.get(0); }
 FOVEA_INLINE std::int32_t first_lane(i32 v) {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "attention.hpp"
+#include "run.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -526,7 +526,7 @@ inline Sequence sequence_of(const AttentionShape& shape, const AttentionOptions&
 }
 
 // A plan made for another problem would mask wrongly, or read and write outside these tensors.
-inline Status check_plan(const Plan& plan, const AttentionShape& s, const AttentionOptions& o) {
+inline Status check_plan(const Plan& plan, const AttentionShape& s, const AttentionOptions& o, bool split_keys, bool strip) {
   const PlanRequest& r = plan.request;
   if (r.q_heads != s.q_heads || r.kv_heads != s.kv_heads || r.dim_qk != s.dim_qk || r.dim_v != s.dim_v)
     return invalid("fovea: the plan is for %td/%td heads and dims %td/%td, the call has %td/%td and %td/%td", r.q_heads,
@@ -539,6 +539,10 @@ inline Status check_plan(const Plan& plan, const AttentionShape& s, const Attent
     return invalid("fovea: the plan is for %zu sequences, the call has %td", plan.sequences.size(), count_sequences(s, o));
   if (r.regime != o.regime || r.panels != o.panels)
     return invalid("fovea: the plan was made with another regime or panels option than the call");
+  if (r.split_keys != split_keys || r.strip != strip)
+    return invalid("fovea: the plan was made for another variant: %s, %s; this one needs %s, %s",
+                   r.split_keys ? "keys split" : "keys whole", r.strip ? "rows kept" : "online",
+                   split_keys ? "keys split" : "keys whole", strip ? "rows kept" : "online");
   for (std::size_t b = 0; b < plan.sequences.size(); ++b) {
     const Sequence &planned = plan.sequences[b], called = sequence_of(s, o, static_cast<index_t>(b));
     if (planned != called) {
