@@ -10,8 +10,16 @@
 namespace fovea_bench {
 
 std::vector<Group> all_groups(int max_threads) {
-  std::vector<Group> groups = softmax_groups(max_threads), stored = softmax_stored_groups(max_threads);
-  groups.insert(groups.end(), std::make_move_iterator(stored.begin()), std::make_move_iterator(stored.end()));
+  constexpr std::vector<Group> (*kTables[])(int) = {
+      &softmax_groups, &softmax_stored_groups, &variant_groups, &block_mask_groups, &differential_groups, &elu_groups,
+      &entmax_groups, &gated_groups, &head_mixtures_groups, &hydra_groups, &kv_bias_groups, &multi_token_groups,
+      &off_by_one_groups, &registers_groups, &relative_bias_groups, &relu_groups, &shaw_groups, &sigmoid_groups,
+      &softpick_groups, &transformer_xl_groups};
+  std::vector<Group> groups;
+  for (const auto table : kTables) {
+    std::vector<Group> more = table(max_threads);
+    groups.insert(groups.end(), std::make_move_iterator(more.begin()), std::make_move_iterator(more.end()));
+  }
   std::set<std::string> names;
   for (const Group& group : groups) {
     for (const Row& row : group.rows) {

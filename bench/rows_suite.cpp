@@ -80,7 +80,7 @@ void register_group(Machine& machine, const std::shared_ptr<MeasuredGroup>& meas
 }  // namespace
 
 unsigned suite_of(const std::string& name) {
-  return name == "core" ? kCore : name == "decode" ? kDecode : name == "storage" ? kStorage : 0;
+  return name == "core" ? kCore : name == "decode" ? kDecode : name == "storage" ? kStorage : name == "variants" ? kVariants : 0;
 }
 
 int run_rows(unsigned suite, const SuiteOptions& options) {

@@ -36,7 +36,7 @@ class PreparedRow {
 enum class Memory { cached, streamed };
 
 // The suites a row belongs to, as a sum.
-inline constexpr unsigned kCore = 1, kDecode = 2, kStorage = 4;
+inline constexpr unsigned kCore = 1, kDecode = 2, kStorage = 4, kVariants = 8;
 
 struct Row {
   std::string name;   // mechanism/regime/dtype/d/q/kv/heads/mask/threads/impl; unique among all suites
@@ -60,6 +60,24 @@ struct Group {
 // The tables of the mechanisms; each lives in mechanisms/<name>_bench.cpp.
 std::vector<Group> softmax_groups(int max_threads);
 std::vector<Group> softmax_stored_groups(int max_threads);
+std::vector<Group> variant_groups(int max_threads);
+std::vector<Group> block_mask_groups(int max_threads);
+std::vector<Group> differential_groups(int max_threads);
+std::vector<Group> elu_groups(int max_threads);
+std::vector<Group> entmax_groups(int max_threads);
+std::vector<Group> gated_groups(int max_threads);
+std::vector<Group> head_mixtures_groups(int max_threads);
+std::vector<Group> hydra_groups(int max_threads);
+std::vector<Group> kv_bias_groups(int max_threads);
+std::vector<Group> multi_token_groups(int max_threads);
+std::vector<Group> off_by_one_groups(int max_threads);
+std::vector<Group> registers_groups(int max_threads);
+std::vector<Group> relative_bias_groups(int max_threads);
+std::vector<Group> relu_groups(int max_threads);
+std::vector<Group> shaw_groups(int max_threads);
+std::vector<Group> sigmoid_groups(int max_threads);
+std::vector<Group> softpick_groups(int max_threads);
+std::vector<Group> transformer_xl_groups(int max_threads);
 
 // All of them. Stops the program where two rows have the same name.
 std::vector<Group> all_groups(int max_threads);
