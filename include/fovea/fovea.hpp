@@ -3,6 +3,8 @@
 //   attention.hpp    front door 1: exact softmax attention
 //   cascade.hpp      the same over prefixes that several requests share
 //   mla.hpp          multi-head latent attention (DeepSeek, Kimi): expanded and absorbed
+//   onnx.hpp         the ONNX operators over plain pointers (not included here)
+//   call/            the path of every call; variant.hpp: scores, masks, normalisers of your own
 //   modules/         a layer around a mechanism: projections, norms, cache; weights as views (not included here)
 //   cache/           containers that own KV memory (not included here: an engine picks one)
 //   mechanisms/      one file each: a choice of policies on an engine
@@ -14,4 +16,22 @@
 #pragma once
 #include "attention.hpp"
 #include "cascade.hpp"
+#include "engine/parts/block_mask.hpp"
+#include "engine/parts/pattern_masks.hpp"
+#include "mechanisms/differential.hpp"
+#include "mechanisms/elu.hpp"
+#include "mechanisms/entmax.hpp"
+#include "mechanisms/gated.hpp"
+#include "mechanisms/head_mixtures.hpp"
+#include "mechanisms/hydra.hpp"
+#include "mechanisms/kv_bias.hpp"
+#include "mechanisms/multi_token.hpp"
+#include "mechanisms/off_by_one.hpp"
+#include "mechanisms/registers.hpp"
+#include "mechanisms/relative_bias.hpp"
+#include "mechanisms/relu.hpp"
+#include "mechanisms/shaw.hpp"
+#include "mechanisms/sigmoid.hpp"
+#include "mechanisms/softpick.hpp"
+#include "mechanisms/transformer_xl.hpp"
 #include "mla.hpp"
