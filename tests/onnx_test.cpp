@@ -321,6 +321,16 @@ TEST_CASE("ONNX opset-25 windows: golden values", "[onnx][golden]") {
   p.a.is_causal = 1;   // the right side is then closed
   REQUIRE(p.run().ok());
   CHECK(p.y.bytes == listed(OnnxType::f32, p.y.shape, {0, 0.5, 1.5, 2.5, 3.5}).bytes);
+
+  // A side as long as an integer can say is open, in the weights as well: row 4 sees the key 4 alone.
+  p.a.is_causal = 0;
+  p.a.left_window_size = 0;
+  p.a.right_window_size = INT64_MAX;
+  p.a.qk_matmul_output_mode = 3;
+  p.qk = zeros(OnnxType::f32, {1, 1, 5, 5});
+  REQUIRE(p.run().ok());
+  CHECK(p.y.bytes == listed(OnnxType::f32, p.y.shape, {2, 2.5, 3, 3.5, 4}).bytes);
+  CHECK(p.qk.at(24) == 1.f);
 }
 
 // Scores of 0: the mean of the visible positions, by counting.

@@ -52,8 +52,8 @@ Status prepare(AttentionRun& run, const Plan& plan, const Operand& q, const View
 
 template <AnyVariant V>
 Status supports(const AttentionShape& shape, const AttentionOptions& options, const V& variant) {
-  if (Status s = VariantTraits<V>::check(variant, shape); !s.ok()) return s;
-  return door::check_problem(shape, options, VariantTraits<V>::needs());
+  if (Status s = door::check_problem(shape, options, VariantTraits<V>::needs()); !s.ok()) return s;
+  return VariantTraits<V>::check(variant, shape);
 }
 template <AnyVariant V>
 Status make_plan(Plan& plan, const AttentionShape& shape, const AttentionOptions& options, const V&) {

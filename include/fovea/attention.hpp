@@ -101,6 +101,12 @@ Status prepare(AttentionRun& run, const Plan& plan, const Operand& q, const View
 template <class Compiled = AllFormats, AnyVariant V>
 Status prepare(AttentionRun& run, const Plan& plan, const Operand& q, const Kv& kv, const Result& out,
                const AttentionOptions& options, const V& variant);
+template <class TK, class TV, AnyVariant V>   // a temporary would be gone when the lanes run
+Status prepare(AttentionRun& run, const Plan& plan, const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v,
+               const Result& out, const AttentionOptions& options, const V&& variant) = delete;
+template <class Compiled = AllFormats, AnyVariant V>
+Status prepare(AttentionRun& run, const Plan& plan, const Operand& q, const Kv& kv, const Result& out,
+               const AttentionOptions& options, const V&& variant) = delete;
 
 // out_a, lse_a become the attention over the union of the key sets of a and b. Both are normalised fp32 results with
 // natural-log LSE; a row with LSE -inf is empty, whatever its out holds. A sink belongs to exactly one of the partials.

@@ -328,7 +328,10 @@ inline Status bind_outputs(AttentionCall& call, const OnnxAttention& a, const On
   if (in.q.shape.size() == 4) {
     if (Status s = check_shape<4>("Y", out.y.shape, {q[0], q[1], q[2], v[3]}); !s.ok()) return s;
   } else {
-    if (Status s = check_shape<3>("Y", out.y.shape, {q[0], q[2], q[1] * v[3]}); !s.ok()) return s;
+    index_t width = 0;
+    if (__builtin_mul_overflow(q[1], v[3], &width))
+      return unsupported("fovea: onnx: %td heads of dim %td are more numbers than can be counted", q[1], v[3]);
+    if (Status s = check_shape<3>("Y", out.y.shape, {q[0], q[2], width}); !s.ok()) return s;
   }
   if (Status s = view_of("Y", out.y, q[1], call.y); !s.ok()) return s;
 
@@ -512,6 +515,7 @@ inline Status write_scores(const AttentionCall& call, std::int64_t mode) {
   const index_t dim = call.q.extent[3], group = heads / std::max<index_t>(call.k.extent[1], 1);
   const double scale = o.scale ? double{*o.scale} : 1 / std::sqrt(static_cast<double>(dim)), cap = double{o.softcap};
   const double infinity = std::numeric_limits<double>::infinity();
+  const Reach reach = reach_of(o);
   Scratch<double> row;
   if (Status s = row.take(keys); !s.ok()) return s;
   const View<const float, 4> bias = tidy(o.bias);
@@ -535,9 +539,7 @@ inline Status write_scores(const AttentionCall& call, std::int64_t mode) {
           score *= scale;
           if (mode >= 1 && cap > 0) score = cap * std::tanh(score / cap);
           if (mode >= 2) {
-            bool visible = j < len && (o.causal == Causal::none || j <= pos) &&
-                           (o.window.left < 0 || j >= pos - o.window.left) &&
-                           (o.window.right < 0 || j <= pos + o.window.right);
+            bool visible = j < len && j >= pos - reach.left && j <= pos + reach.right;
             if (visible && keep) visible = at(keep, b, h, i, j) != 0;
             const double added = visible && bias ? double{at(bias, b, h, i, j)} : 0;
             score = visible && added != -infinity ? score + added : -infinity;

@@ -8,7 +8,8 @@
 // Types      f32, f16, bf16 and f64 where the operator allows them. Attention computes in fp32 whatever the type: f64
 //            tensors and softmax_precision 11 get fp32 accuracy, softmax_precision 10 and 16 more than they ask for.
 // Aliasing   outputs overlap no input and no other output; onnx_rotary_embedding and onnx_tensor_scatter also work in place.
-// Errors     a Status with the offending numbers; on error nothing has been written.
+// Errors     a Status with the offending numbers; on error nothing has been written. Where memory runs out in the middle
+//            (workspace_too_small, out_of_memory), present outputs and Y may stand already.
 // Allocates  what fovea::attention allocates, and per call two tables of batch numbers, a float copy of masks of other
 //            types than bool and f32, and room for past and new keys where they are not wanted as present_key.
 // Kernels    are compiled for K and V in the formats listed, by default all four.

@@ -203,6 +203,25 @@ TEST_CASE("a policy's own numbers are checked before anything is written", "[var
   CHECK(test::same_bits(r, before));
   CHECK(supports({1, 2, 2, 5, 9, 8, 8}, {}, wrong).code() == Code::invalid_argument);
   CHECK(supports({1, 2, 2, 5, 9, 8, 8}, {}, variant().with_score(Picky{2.f})).ok());
+
+  // Whoever is made of it asks it; a tap, which writes into the caller's memory, above all.
+  struct PickyMask : Everything {
+    Status check(const AttentionShape& shape) const { return Status::error(Code::invalid_argument, "%td heads", shape.q_heads); }
+  };
+  struct PickyTap {
+    Status check() const { return Status::error(Code::invalid_argument, "no memory"); }
+    void absorb(const Row&, index_t, std::span<const float>, float) const {}
+    void finish(const Row&, Final) const {}
+  };
+  const auto same = score_mod([](auto s, int, int, int, auto) { return s; });
+  const auto all = mask_mod([](int, int, int, auto k) { return k >= 0; });
+  const auto message = [](const auto& v) { return std::string(supports({1, 2, 2, 5, 9, 8, 8}, {}, v).message()); };
+  CHECK(message(variant().with_score(Then{same, Picky{-3.f}})) == "limit is -3");
+  CHECK(message(variant().with_score(Then{Picky{-4.f}, same})) == "limit is -4");
+  CHECK(message(variant().with_mask(Both{all, PickyMask{}})) == "2 heads");
+  CHECK(message(variant().with_mask(Either{PickyMask{}, all})) == "2 heads");
+  CHECK(message(variant().with_tap(PickyTap{})) == "no memory");
+  CHECK(supports({1, 2, 0, 5, 9, 8, 8}, {}, variant().with_mask(PickyMask{})).message() != std::string("2 heads"));
 }
 
 TEST_CASE("normalisers of the caller's own, split and whole", "[variant]") {

@@ -212,6 +212,11 @@ TEST_CASE("differential: refusals write nothing", "[differential][errors]") {
     return fovea::differential_attention(x.q.view(), x.k.view(), half_v(x), out.view(), o);
   };
   refused(v1({.norm_weight = std::span(w).first(7)}), "norm_weight has 7 entries for dim_v 8");
+  std::vector<float> memory(1 << 16);
+  fovea::DifferentialOptions shared;
+  shared.norm_weight = std::span(memory).first(8);
+  shared.attention.workspace = std::as_writable_bytes(std::span(memory));
+  refused(v1(shared), "workspace [");
   refused(v1({.lambda = kNan}), "lambda nan");
   refused(v1({.attention = {.sink = sink}}), "no sink (2 logits)");
   refused(v1({.attention = {.softcap = 3.f}}), "softcap");

@@ -252,6 +252,11 @@ TEST_CASE("gated: refusals write nothing", "[gated][errors]") {
   refused(fovea::bhsd(gate.data.data(), 2, 4, 1, 8), "gate is [2, 4, 1, 8]");
   refused(fovea::bhsd<float>(nullptr, 2, 4, 5, 8), "gate has null data");
   refused(out.view(), "overlaps gate");
+  AttentionOptions shared;
+  shared.workspace = std::as_writable_bytes(std::span(gate.data));
+  refused(gate.view(), "workspace", shared);
+  const auto nowhere = fovea::gated(fovea::bhsd<float>(nullptr, 2, 4, 5, 8));
+  CHECK(fovea::attention(x.q.view(), x.k.view(), x.v.view(), out.view(), {}, nowhere).code() == fovea::Code::invalid_argument);
   AttentionOptions capped;
   capped.softcap = 20.f;
   refused(gate.view(), "softcap", capped);

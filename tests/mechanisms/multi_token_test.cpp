@@ -852,6 +852,16 @@ TEST_CASE("multi-token: refusals say the numbers and write nothing", "[multi_tok
     CHECK(std::all_of(out.data.begin(), out.data.end(), is_canary));
   };
   MultiTokenOptions o;
+  // No sequence: nothing to do, and nothing behind a workspace of the size asked for is touched.
+  std::vector<std::byte> guarded(256, std::byte{0x55});
+  const fovea::AttentionShape none{0, 4, 4, 6, 20, 8, 8};
+  o.workspace = std::span(guarded).first(fovea::multi_token_workspace_bytes(none, o));
+  CHECK(fovea::multi_token_attention(test::cut(x.q.view(), 0, 0, 0), test::cut(x.k.view(), 0, 0, 0),
+                                     test::cut(x.v.view(), 0, 0, 0), test::cut(out.view(), 0, 0, 0), o)
+            .ok());
+  CHECK(std::all_of(guarded.begin() + static_cast<std::ptrdiff_t>(o.workspace.size()), guarded.end(),
+                    [](std::byte b) { return b == std::byte{0x55}; }));
+  o = {};
   o.pre = kernel(3, 6, 11);
   refused(o, "pre is [3, 6, 11], must be [4 q heads");
   o.pre = kernel(4, 6, 10);

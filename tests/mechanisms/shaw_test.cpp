@@ -315,6 +315,7 @@ TEST_CASE("Shaw: what is refused, with numbers", "[shaw]") {
     return std::string(status.message());
   };
   using Catch::Matchers::ContainsSubstring;
+  CHECK(fovea::shaw_workspace_bytes({1, 0, 1, 4, 6, 8, 8}, {a_k.view(), {}}) == 0);
   CHECK_THAT(message({}), ContainsSubstring("has neither"));
   CHECK_THAT(message({three.view(), {}}), ContainsSubstring("[3, 5, 8], must be [1 or 2, 5, 8]"));
   CHECK_THAT(message({even.view(), {}}), ContainsSubstring("4 distances"));

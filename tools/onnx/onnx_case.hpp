@@ -306,12 +306,15 @@ inline Outcome run_data(const Ready& ready, const std::vector<Bytes>& inputs, co
   return outcome;
 }
 
-// A file as a whole; only regular files, so that the memory taken is what the file system says.
+// A file as a whole; only regular files, so that the memory taken is what the file system says, up to a limit: a sparse file may
+// claim any size.
+inline constexpr std::uintmax_t kMaxFileBytes = std::uintmax_t{1} << 30;
 inline Problem read_file(const std::filesystem::path& path, std::vector<std::byte>& bytes) {
   std::error_code error;
   if (!std::filesystem::is_regular_file(path, error)) return path.filename().string() + " is missing or no file";
   const std::uintmax_t size = std::filesystem::file_size(path, error);
   if (error) return path.filename().string() + ": " + error.message();
+  if (size > kMaxFileBytes) return path.filename().string() + " has more than 1 GiB";
   bytes.resize(static_cast<std::size_t>(size));
   std::ifstream file(path, std::ios::binary);
   file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(size));

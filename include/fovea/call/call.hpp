@@ -124,10 +124,8 @@ inline PlanRequest request_of(const AttentionShape& shape, const AttentionOption
 }
 
 inline Status check_problem(const AttentionShape& shape, const Call& call) {
-  if (call.check_variant != nullptr) {
-    if (Status s = call.check_variant(call.variant, shape); !s.ok()) return s;
-  }
-  return check_problem(shape, call.options, call.needs);
+  if (Status s = check_problem(shape, call.options, call.needs); !s.ok()) return s;
+  return call.check_variant == nullptr ? Status{} : call.check_variant(call.variant, shape);
 }
 
 inline Status check_planned_call(const Plan& plan, const Call& call) {

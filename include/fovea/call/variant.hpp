@@ -108,27 +108,17 @@ struct VariantTraits<Variant<Score, MaskPolicy, Norm, Watch, Close, kAllOptions>
     }
     return {};
   }
-  // A policy with numbers or tensors of its own may have check() or check(AttentionShape) -> Status: it is asked before anything
-  // is written.
   static Status check(const V& v, const AttentionShape& shape) {
-    const auto asked = [&](const auto& policy) -> Status {
-      if constexpr (requires { policy.check(shape); }) {
-        return policy.check(shape);
-      } else if constexpr (requires { policy.check(); }) {
-        return policy.check();
-      } else {
-        return {};
-      }
-    };
-    if (Status s = asked(v.score); !s.ok()) return s;
-    if (Status s = asked(v.mask); !s.ok()) return s;
-    if (Status s = asked(v.norm); !s.ok()) return s;
-    return asked(v.close);
+    if (Status s = check_policies_of(v.score, v.mask, shape); !s.ok()) return s;
+    if (Status s = check_policies_of(v.norm, v.tap, shape); !s.ok()) return s;
+    return check_policy(v.close, shape);
   }
   static Status check_erased(const void* v, const AttentionShape& shape) { return check(*static_cast<const V*>(v), shape); }
 
   static constexpr door::Needs needs() {
-    constexpr bool kStrip = WholeRowNormalizer<Norm>;
+    constexpr bool kStrip = !kSoftmax && !Normalizer<Norm>;
+    static_assert(kSoftmax || HasLse<Norm> || !NeedsLse<Close>,
+                  "fovea: this closing needs the LSE of the row, and the normalizer has none; see docs/variants.md");
     return {std::is_same_v<Watch, NoTap> && !kStrip, kStrip, &check_options};
   }
 

@@ -7,7 +7,9 @@
 #include <span>
 #include <type_traits>
 
+#include "../core/attention_options.hpp"
 #include "../core/shapes.hpp"
+#include "../core/status.hpp"
 #include "../simd/panels.hpp"
 #include "../simd/stream.hpp"
 
@@ -103,7 +105,9 @@ concept WholeRowNormalizer = requires(const N& norm, const Row& row, std::span<f
   { norm.weigh_row(row, scores, scratch) } -> std::same_as<Final>;
 };
 
-// row: watches the weights of a key run before they are used; never changes them. `rescale` is what earlier weights of the
+// row: watches the weights of a key run before they are used; never changes them. The run is whole vectors: weights of 0 may stand
+// before the first visible key and up to a vector behind the sequence's last one. Each lane has a copy of the tap, and all lanes
+// work at once. `rescale` is what earlier weights of the
 // row shrink by; a sink that ends the row shrinks them once more, without weights of its own. Only plans without key splits may carry one.
 template <class T>
 concept Tap = requires(const T& tap, const Row& row, index_t k_begin, std::span<const float> weights, float rescale,
@@ -166,6 +170,24 @@ FOVEA_INLINE void visit_simplest(const Policy& policy, const F& f) {
   } else {
     f(policy);
   }
+}
+
+// A policy with numbers or tensors of its own may have check(AttentionShape) or check() -> Status, asked with the shape of the call
+// before anything is written. A policy made of policies hands the question on.
+template <class Policy>
+Status check_policy(const Policy& policy, const AttentionShape& shape) {
+  if constexpr (requires { policy.check(shape); }) {
+    return policy.check(shape);
+  } else if constexpr (requires { policy.check(); }) {
+    return policy.check();
+  } else {
+    return {};
+  }
+}
+template <class First, class Second>
+Status check_policies_of(const First& first, const Second& second, const AttentionShape& shape) {
+  if (Status s = check_policy(first, shape); !s.ok()) return s;
+  return check_policy(second, shape);
 }
 
 template <class Source, class Score, class MaskPolicy, class Norm, class Watch, class Close>

@@ -431,6 +431,11 @@ class TileRun {
                               memory_.acc + (g * group_rows_ + r) * acc_stride(plan_));
         continue;
       }
+      if (std::find(live + (tile.k_begin - tile_begin), live + (tile.k_end - tile_begin), 1) == live + (tile.k_end - tile_begin)) {
+        float* const acc = memory_.acc + (g * group_rows_ + r) * acc_stride(plan_);
+        for (index_t d = 0; d < acc_stride(plan_) && *rescale != 1.f; d += kLanes) store(acc + d, load(acc + d) * f32(*rescale));
+        continue;
+      }
       for (index_t j = tile.k_begin; j < tile.k_end;) {
         if (!live[j - tile_begin]) {
           ++j;

@@ -45,7 +45,11 @@ struct Gate {
   Operand logits;   // [batch | 1, q_head | 1, pos, dim_v | 1], f32, f64, bf16 or f16, any strides
   GateFunction function = GateFunction::sigmoid;
 
-  Status check(const AttentionShape& s) const { return check_gate(logits, {s.batch, s.q_heads, s.len_q, s.dim_v}); }
+  Status check(const AttentionShape& s) const {
+    door::Bytes ignored;
+    if (Status status = check_gate(logits, {s.batch, s.q_heads, s.len_q, s.dim_v}); !status.ok()) return status;
+    return door::check_data("gate", logits, ignored);
+  }
 
   FOVEA_INLINE void operator()(const OutRow& row, std::span<float> values, Final) const {
     multiply(row.batch * logits.stride[0] + row.q_head * logits.stride[1] + row.pos * logits.stride[2], values.data(),
@@ -96,6 +100,7 @@ inline Status check_gate_of_call(const Operand& gate, const Result& out, const A
   if (Status s = check_plain("out", out.format); !s.ok()) return s;
   if (Status s = check_data("out", tidy_operand(out), out_bytes); !s.ok()) return s;
   if (Status s = check_apart({"out", out_bytes}, "gate", gate_bytes); !s.ok()) return s;
+  if (Status s = check_apart({"workspace", span_bytes(options.workspace)}, "gate", gate_bytes); !s.ok()) return s;
   if (!options.lse) return {};
   if (Status s = check_data("lse", tidy(options.lse), lse_bytes); !s.ok()) return s;
   return check_apart({"lse", lse_bytes}, "gate", gate_bytes);

@@ -84,6 +84,8 @@ Status head_mixture_attention(const Operand& q, const Kv& kv, const Result& out,
   if (Status s = door::check_data("lse", tidy(options.lse), lse_bytes); options.lse && !s.ok()) return s;
   if (Status s = door::check_apart({"out", out_bytes}, "weight", weight_bytes); !s.ok()) return s;
   if (Status s = door::check_apart({"lse", lse_bytes}, "weight", weight_bytes); !s.ok()) return s;
+  if (Status s = door::check_apart({"workspace", door::span_bytes(options.workspace)}, "weight", weight_bytes); !s.ok())
+    return s;
   const auto policies = head_mixture(weight, options.cu_len_q);
   return door::run(door::call_of_variant<Compiled>(q, kv, out, options, policies));
 }

@@ -134,6 +134,7 @@ Status kv_bias_attention(const Operand& q, const Kv& kv, const Result& out, cons
   for (const auto& [name, bytes] : {std::pair{"the learned key", key_bytes}, std::pair{"the learned value", value_bytes}}) {
     if (Status s = door::check_apart({"out", out_bytes}, name, bytes); !s.ok()) return s;
     if (Status s = door::check_apart({"lse", lse_bytes}, name, bytes); !s.ok()) return s;
+    if (Status s = door::check_apart({"workspace", door::span_bytes(options.workspace)}, name, bytes); !s.ok()) return s;
   }
   const auto policies = kv_bias(q, bias, options);
   return door::run(door::call_of_variant<Compiled>(q, kv, out, options, policies));

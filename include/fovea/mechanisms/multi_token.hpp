@@ -335,6 +335,7 @@ class MultiTokenRun {
     out_ = out;
     close_ = close;
     close_row_ = close_row;
+    if (tasks() == 0) return;   // no sequence, and so no slice either
     std::byte* const slices = aligned(workspace).data();
     const std::size_t slice = lane_bytes();
     for (int lane = 0; lane < lanes; ++lane) new (slices + slice * static_cast<std::size_t>(lane)) TaskCursor;

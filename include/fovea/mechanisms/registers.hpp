@@ -94,7 +94,9 @@ Status register_attention(const Operand& q, const Kv& kv, Tensor<float> out, con
     door::list_sequences(local.plan, shape, second);
     if (Status s = local.plan.build(door::request_of(shape, second)); !s.ok()) return s;
     const std::size_t bytes = local.plan.workspace_bytes(second.executor.lanes());
-    if (Status s = door::check_workspace(second.workspace, bytes); !second.workspace.empty() && !s.ok()) return s;
+    // Memory that is taken here is still there when the second call wants it.
+    const std::span<std::byte> workspace = second.workspace.empty() ? local.workspace(bytes) : second.workspace;
+    if (Status s = door::check_workspace(workspace, bytes); !s.ok()) return s;
     bind(local.run, local.plan, main_call.q, main_call.kv, main_call.out, second);
     return main_call.kernels(local.run);
   };

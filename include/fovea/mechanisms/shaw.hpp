@@ -221,6 +221,7 @@ Status run(const Operand& q, const Operand& k, const Operand& v, const Result& o
 // what 64 queries take, and a projection's tile per lane. Pure.
 inline std::size_t shaw_workspace_bytes(const AttentionShape& shape, const ShawTables& tables, int lanes = 1) {
   Bump count;
+  if (!door::check_shape(shape).ok()) return 0;
   if (tables.k || tables.v) shaw::Memory::carve(count, shape, tables, lanes);
   return count.used() + kAlignment;
 }

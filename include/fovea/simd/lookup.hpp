@@ -19,6 +19,14 @@ FOVEA_INLINE double to_float(int x) { return x; }
 FOVEA_INLINE double select(bool keep, double a, double b) { return keep ? a : b; }
 FOVEA_INLINE double min(double a, double b) { return std::min(a, b); }
 FOVEA_INLINE double max(double a, double b) { return std::max(a, b); }
+FOVEA_INLINE double min(double a, int b) { return std::min(a, static_cast<double>(b)); }
+FOVEA_INLINE double max(double a, int b) { return std::max(a, static_cast<double>(b)); }
+FOVEA_INLINE double min(int a, double b) { return min(b, a); }
+FOVEA_INLINE double max(int a, double b) { return max(b, a); }
+FOVEA_INLINE double min(double a, float b) { return min(a, static_cast<double>(b)); }
+FOVEA_INLINE double max(double a, float b) { return max(a, static_cast<double>(b)); }
+FOVEA_INLINE double min(float a, double b) { return min(static_cast<double>(a), b); }
+FOVEA_INLINE double max(float a, double b) { return max(static_cast<double>(a), b); }
 FOVEA_INLINE int min(int a, int b) { return std::min(a, b); }
 FOVEA_INLINE int max(int a, int b) { return std::max(a, b); }
 FOVEA_INLINE f32 min(f32 a, f32 b) { return xsimd::min(a, b); }
@@ -31,12 +39,15 @@ FOVEA_INLINE f32 select(xsimd::batch_bool<std::int32_t> keep, f32 a, f32 b) { re
 FOVEA_INLINE f32 exp(f32 x) { return exp2(x * f32(kLog2e)); }
 FOVEA_INLINE double exp(double x) { return std::exp(x); }
 
-// table[index], with indices outside the table moved to its nearest end: the lanes behind the last key stand anywhere.
+// table[index], with indices outside the table moved to its nearest end: the lanes behind the last key stand anywhere. A table has
+// 1 to INT32_MAX entries.
 FOVEA_INLINE f32 lookup(std::span<const float> table, i32 index) {
+  FOVEA_ASSERT(!table.empty());
   const i32 inside = max(min(index, i32(static_cast<std::int32_t>(table.size()) - 1)), i32(0));
   return gather(table.data(), inside);
 }
 FOVEA_INLINE i32 lookup(std::span<const std::int32_t> table, i32 index) {
+  FOVEA_ASSERT(!table.empty());
   const i32 inside = max(min(index, i32(static_cast<std::int32_t>(table.size()) - 1)), i32(0));
   return gather(table.data(), inside);
 }

@@ -397,6 +397,24 @@ TEST_CASE("what a block mask refuses", "[masks]") {
              ContainsSubstring("4 q heads"));
 }
 
+TEST_CASE("a block mask reads no table of the wrong length and no block that is not there", "[masks][errors]") {
+  BlockMask blocks;
+  const BlockMaskShape shape{.batch = 2, .len_q = 64, .len_k = 64, .q_block = 32, .k_block = 32};
+  REQUIRE(blocks.build(shape, Knotted{}).ok());
+  const std::vector<index_t> one{64};   // on the heap, so that a sanitizer sees a read behind it
+  const AttentionShape call{2, 1, 1, 64, 64, 8, 8};
+  for (const int which : {0, 1, 2}) {
+    AttentionOptions options;
+    (which == 0 ? options.len_k : which == 1 ? options.q_offset : options.cu_len_k) = one;
+    CHECK(blocks.view().check(call, options).code() == Code::invalid_argument);
+  }
+  const View<const std::uint8_t, 4> nothing{nullptr, {2, 1, 2, 2}, {4, 4, 2, 1}};
+  CHECK(blocks.build_from_blocks(shape, nothing).code() == Code::invalid_argument);
+  BlockMaskShape huge = shape;
+  huge.len_q = PTRDIFF_MAX;
+  CHECK_FALSE(blocks.build_from_blocks(huge, nothing).ok());
+}
+
 TEST_CASE("a block mask prints itself", "[masks]") {
   BlockMask mask;
   REQUIRE(mask.build({.len_q = 512, .len_k = 512}, band(-1, 0)).ok());

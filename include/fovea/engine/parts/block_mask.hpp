@@ -155,13 +155,14 @@ class BlockMask {
 
   // From a picture of whole blocks: keep [shape.batch, shape.q_heads, q_block, k_block], 0 = empty.
   Status build_from_blocks(const BlockMaskShape& shape, const View<const std::uint8_t, 4>& keep) {
-    const std::array<index_t, 4> wanted{shape.batch, shape.q_heads,
-                                        BlockMaskView::blocks(shape.len_q, std::max<index_t>(shape.q_block, 1)),
-                                        BlockMaskView::blocks(shape.len_k, std::max<index_t>(shape.k_block, 1))};
+    if (Status s = check_shape(shape); !s.ok()) return s;
+    const std::array<index_t, 4> wanted{shape.batch, shape.q_heads, BlockMaskView::blocks(shape.len_q, shape.q_block),
+                                        BlockMaskView::blocks(shape.len_k, shape.k_block)};
     if (keep.extent != wanted)
       return Status::error(Code::invalid_argument,
                            "fovea: blocks are [%td, %td, %td, %td], the mask has [%td, %td, %td, %td]", keep.extent[0],
                            keep.extent[1], keep.extent[2], keep.extent[3], wanted[0], wanted[1], wanted[2], wanted[3]);
+    if (!keep && wanted[2] > 0 && wanted[3] > 0) return Status::error(Code::invalid_argument, "fovea: blocks have null data");
     return build_rows(shape, {}, [&keep, &shape](int b, int h, Positions q, const auto& note) {
       const bool cut_row = q.last - q.first + 1 < shape.q_block;
       for (index_t block = 0; block < keep.extent[3]; ++block) {
@@ -179,8 +180,7 @@ class BlockMask {
   static constexpr index_t kMaxWords = index_t{1} << 34;   // of all rows of blocks: 128 GiB are a mistake
 
   // find(batch, q_head, queries, note) calls note(block, full or partial) for the live blocks of a row of blocks.
-  template <class Find>
-  Status build_rows(const BlockMaskShape& s, const Executor& executor, const Find& find) {
+  static Status check_shape(const BlockMaskShape& s) {
     if (s.batch < 1 || s.q_heads < 1 || s.len_q < 0 || s.len_k < 0 || s.q_block < 1 || s.k_block < 1)
       return Status::error(
           Code::invalid_argument,
@@ -190,6 +190,11 @@ class BlockMask {
     constexpr index_t kMost = INT32_MAX - kLanes;   // lanes carry positions as int32
     if (s.len_q > kMost || s.len_k > kMost || s.q_block > kMost || s.k_block > kMost || s.batch > kMost || s.q_heads > kMost)
       return too_large(s);
+    return {};
+  }
+  template <class Find>
+  Status build_rows(const BlockMaskShape& s, const Executor& executor, const Find& find) {
+    if (Status status = check_shape(s); !status.ok()) return status;
     const index_t q_blocks = BlockMaskView::blocks(s.len_q, s.q_block), k_blocks = BlockMaskView::blocks(s.len_k, s.k_block);
     const index_t words = BlockMaskView::words(k_blocks);
     index_t room = kMaxWords / 2;
@@ -278,6 +283,8 @@ template <class M>
 struct BlockMasked {
   BlockMaskView blocks;
   M mask;
+
+  Status check(const AttentionShape& shape) const { return check_policy(mask, shape); }
 
   struct Lane {
     BlockMaskView::BlockRow row;
@@ -381,6 +388,13 @@ inline Status BlockMaskView::check(const AttentionShape& shape, const AttentionO
     return Status::error(Code::invalid_argument,
                          "fovea: the block mask is for %td sequences and %td q heads, the call has %td and %td",
                          shape_.batch, shape_.q_heads, sequences, shape.q_heads);
+  const auto entries = static_cast<std::size_t>(std::max<index_t>(sequences, 0));
+  if ((!options.len_k.empty() && options.len_k.size() != entries) ||
+      (!options.q_offset.empty() && options.q_offset.size() != entries) ||
+      (!options.cu_len_k.empty() && options.cu_len_k.size() != entries + 1))
+    return Status::error(Code::invalid_argument,
+                         "fovea: %td sequences, but len_k has %zu entries, q_offset %zu and cu_len_k %zu", sequences,
+                         options.len_k.size(), options.q_offset.size(), options.cu_len_k.size());
   for (index_t s = 0; s < sequences; ++s) {
     const auto at = static_cast<std::size_t>(s);
     const index_t len_q = ragged ? options.cu_len_q[at + 1] - options.cu_len_q[at] : shape.len_q;

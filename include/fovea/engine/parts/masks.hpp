@@ -224,6 +224,7 @@ struct Both {
     return a == Cover::full && b == Cover::full ? Cover::full : Cover::partial;
   }
 
+  Status check(const AttentionShape& shape) const { return check_policies_of(first, second, shape); }
   FOVEA_INLINE bool off() const { return is_off(first) && is_off(second); }
   template <class F>
   FOVEA_INLINE void visit(const F& f) const {
@@ -252,6 +253,8 @@ struct Either {
     FOVEA_INLINE keep_t operator()(i32 pos) const { return first(pos) | second(pos); }
   };
   FOVEA_INLINE Lane at(const Row& row) const { return {first.at(row), second.at(row)}; }
+
+  Status check(const AttentionShape& shape) const { return check_policies_of(first, second, shape); }
 
   // An empty hull does not widen the other.
   FOVEA_INLINE KeyRange hull(std::span<const Row> rows) const {

@@ -62,6 +62,7 @@ template <class Rule>
 struct Pattern {
   Rule rule;
 
+  Status check(const AttentionShape& shape) const { return check_policy(rule, shape); }
   FOVEA_INLINE auto at(const Row& row) const { return rule.at(row.sequence, row.pos); }
   FOVEA_INLINE KeyRange hull(std::span<const Row> rows) const {
     return rule.keys(rows.front().sequence, positions_of(rows));

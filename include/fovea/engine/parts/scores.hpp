@@ -72,6 +72,7 @@ struct Then {
   };
   FOVEA_INLINE Lane at(const Row& row) const { return {first.at(row), second.at(row)}; }
 
+  Status check(const AttentionShape& shape) const { return check_policies_of(first, second, shape); }
   FOVEA_INLINE bool off() const { return is_off(first) && is_off(second); }
   template <class F>
   FOVEA_INLINE void visit(const F& f) const {
