@@ -133,6 +133,7 @@ struct Everything {
   struct Lane {
     FOVEA_INLINE keep_t operator()(i32) const { return f32(0.f) == f32(0.f); }
   };
+  FOVEA_INLINE bool off() const { return true; }
   FOVEA_INLINE Lane at(const Row&) const { return {}; }
   FOVEA_INLINE KeyRange hull(std::span<const Row>) const { return {0, PTRDIFF_MAX}; }
   FOVEA_INLINE Cover cover(const Tile&) const { return Cover::full; }
@@ -153,7 +154,7 @@ struct RowState<N> {
 };
 
 // f(policy), or f of what is left of it where run-time options have switched parts of it off: a policy made of parts may have
-// off() and visit(f) (engine/parts/scores.hpp). Asked once per row group and tile, so that lanes carry no branches.
+// off() and visit(f) (engine/parts/scores.hpp, masks.hpp). Asked once per row group and tile, so that lanes carry no branches.
 template <class Policy>
 FOVEA_INLINE bool is_off(const Policy& policy) {
   if constexpr (requires { policy.off(); }) {

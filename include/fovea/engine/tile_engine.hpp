@@ -116,12 +116,14 @@ void modify_lanes(const Score& score, const MaskPolicy& mask, const Tile& tile, 
 template <class Score, class MaskPolicy>
 FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cover cover, const Tile& tile,
                                 index_t tile_begin, float* scores) {
-  // Full tiles are the many; the few partial ones share one instantiation.
-  if (cover == Cover::full) {
-    visit_simplest(score, [&](const auto& simple) { modify_lanes(simple, Everything{}, tile, tile_begin, scores); });
-  } else {
-    modify_lanes(score, mask, tile, tile_begin, scores);
-  }
+  visit_simplest(score, [&](const auto& simple_score) {
+    if (cover == Cover::full) {
+      modify_lanes(simple_score, Everything{}, tile, tile_begin, scores);
+    } else {
+      visit_simplest(mask,
+                     [&](const auto& simple_mask) { modify_lanes(simple_score, simple_mask, tile, tile_begin, scores); });
+    }
+  });
 }
 
 template <class Spec, class PanelType>

@@ -59,6 +59,7 @@ struct Band {
 struct Tree {
   const std::uint64_t* words;   // [query of the call], null without trees
   const Sequence* sequences;    // [sequence]
+  FOVEA_INLINE bool off() const { return words == nullptr; }
 
   struct Lane {
     std::uint64_t word;
@@ -98,6 +99,7 @@ FOVEA_INLINE const T* mask_row(const View<const T, 4>& view, const Row& row) {
 struct StoredMask {
   View<const std::uint8_t, 4> keep;
   View<const float, 4> bias;
+  FOVEA_INLINE bool off() const { return !keep && !bias; }
 
   struct Lane {
     const std::uint8_t* keep;
@@ -223,6 +225,17 @@ struct Both {
   }
 
   Status check(const AttentionShape& shape) const { return check_policies_of(first, second, shape); }
+  FOVEA_INLINE bool off() const { return is_off(first) && is_off(second); }
+  template <class F>
+  FOVEA_INLINE void visit(const F& f) const {
+    if (is_off(second)) {
+      visit_simplest(first, f);
+    } else if (is_off(first)) {
+      visit_simplest(second, f);
+    } else {
+      f(*this);
+    }
+  }
 };
 
 template <class First, class Second>
