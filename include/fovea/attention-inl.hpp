@@ -172,7 +172,8 @@ template <class TK>
 Status attention_weights(const Operand& q, const View<TK, 4>& k, View<const float, 3> lse, std::span<const WeightRow> rows,
                          View<float, 2> weights, const AttentionOptions& options) {
   if (Status s = door::check_dense(q, k, k); !s.ok()) return s;
-  return door::export_weights(door::call_of<SoftmaxLanes, door::FormatsOf<TK, TK>>(q, door::kv_of(k, k), {}, options), lse, rows, weights);
+  const auto call = door::call_of<SoftmaxLanes, door::FormatsOf<TK, TK>>(q, door::kv_of(k, k), {}, options);
+  return door::export_weights(call, lse, rows, weights);
 }
 
 }   // namespace FOVEA_ARCH

@@ -445,6 +445,17 @@ inline Status check_outputs(const Result& out, const Bytes& out_bytes, const Vie
   return check_apart({"out", out_bytes}, "lse", lse_bytes);
 }
 
+// What only a mechanism reads (a gate, a learned key, a table), against everything the call writes.
+inline Status check_learned(const char* name, const Bytes& bytes, const Result& out, const AttentionOptions& o) {
+  Bytes out_bytes, lse_bytes;
+  if (Status s = check_plain("out", out.format); !s.ok()) return s;
+  if (Status s = check_data("out", tidy_operand(out), out_bytes); !s.ok()) return s;
+  if (Status s = check_data("lse", tidy(o.lse), lse_bytes); o.lse && !s.ok()) return s;
+  if (Status s = check_apart({"out", out_bytes}, name, bytes); !s.ok()) return s;
+  if (Status s = check_apart({"lse", lse_bytes}, name, bytes); !s.ok()) return s;
+  return check_apart({"workspace", span_bytes(o.workspace)}, name, bytes);
+}
+
 inline Status check_call(const Operand& q, const Kv& kv, const Result& out, const AttentionOptions& o) {
   Bytes q_bytes, k_bytes, v_bytes, exact_k_bytes, exact_v_bytes, out_bytes, lse_bytes, bias_bytes, keep_bytes;
   if (Status s = check_plain("q", q.format); !s.ok()) return s;

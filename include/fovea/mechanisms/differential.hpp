@@ -147,11 +147,9 @@ inline Status check_half(const Operand& q, const Kv& kv, const Result& out, cons
 // `bytes` of an input against the rows that are written.
 inline Status check_input(const char* name, const Bytes& bytes, const Result& out, const Tensor<float>& rows,
                           const AttentionOptions& options) {
-  Bytes out_bytes, rows_bytes;
-  if (Status s = check_data("out", tidy_operand(out), out_bytes); !s.ok()) return s;
+  Bytes rows_bytes;
+  if (Status s = check_learned(name, bytes, out, options); !s.ok()) return s;
   if (Status s = check_data("the first half", rows, rows_bytes); !s.ok()) return s;
-  if (Status s = check_apart({"out", out_bytes}, name, bytes); !s.ok()) return s;
-  if (Status s = check_apart({"workspace", span_bytes(options.workspace)}, name, bytes); !s.ok()) return s;
   return check_apart({"the first half", rows_bytes}, name, bytes);
 }
 
@@ -180,7 +178,8 @@ Status differential_attention(const Operand& q, const View<TK, 4>& k, const View
   Tensor<float> first;
   if (Status s = door::take_floats("first_half", options.first_half, out, out.extent[1], first); !s.ok()) return s;
   if (Status s = door::check_half(q1, kv1, first, attention); options.first_half && !s.ok()) return s;
-  if (Status s = door::check_input("norm_weight", door::span_bytes(options.norm_weight), out, first, attention); !s.ok()) return s;
+  const door::Bytes weight_bytes = door::span_bytes(options.norm_weight);
+  if (Status s = door::check_input("norm_weight", weight_bytes, out, first, attention); !s.ok()) return s;
 
   using Compiled = door::FormatsOf<TK, TV>;
   const auto plain = variant();

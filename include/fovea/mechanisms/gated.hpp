@@ -94,16 +94,10 @@ inline auto gated(const Operand& gate, GateFunction function = GateFunction::sig
 
 namespace door {
 inline Status check_gate_of_call(const Operand& gate, const Result& out, const AttentionOptions& options) {
-  Bytes gate_bytes, out_bytes, lse_bytes;
+  Bytes bytes;
   if (Status s = check_gate(gate, out.extent); !s.ok()) return s;
-  if (Status s = check_data("gate", tidy_operand(gate), gate_bytes); !s.ok()) return s;
-  if (Status s = check_plain("out", out.format); !s.ok()) return s;
-  if (Status s = check_data("out", tidy_operand(out), out_bytes); !s.ok()) return s;
-  if (Status s = check_apart({"out", out_bytes}, "gate", gate_bytes); !s.ok()) return s;
-  if (Status s = check_apart({"workspace", span_bytes(options.workspace)}, "gate", gate_bytes); !s.ok()) return s;
-  if (!options.lse) return {};
-  if (Status s = check_data("lse", tidy(options.lse), lse_bytes); !s.ok()) return s;
-  return check_apart({"lse", lse_bytes}, "gate", gate_bytes);
+  if (Status s = check_data("gate", tidy_operand(gate), bytes); !s.ok()) return s;
+  return check_learned("gate", bytes, out, options);
 }
 }   // namespace door
 

@@ -77,15 +77,9 @@ inline auto head_mixture(const View<const float, 3>& weight, std::span<const ind
 template <class Compiled = AllFormats>
 Status head_mixture_attention(const Operand& q, const Kv& kv, const Result& out, const View<const float, 3>& weight,
                               const AttentionOptions& options = {}) {
-  door::Bytes weight_bytes, out_bytes, lse_bytes;
-  if (Status s = door::check_data("weight", tidy(weight), weight_bytes); !s.ok()) return s;
-  if (Status s = door::check_plain("out", out.format); !s.ok()) return s;
-  if (Status s = door::check_data("out", door::tidy_operand(out), out_bytes); !s.ok()) return s;
-  if (Status s = door::check_data("lse", tidy(options.lse), lse_bytes); options.lse && !s.ok()) return s;
-  if (Status s = door::check_apart({"out", out_bytes}, "weight", weight_bytes); !s.ok()) return s;
-  if (Status s = door::check_apart({"lse", lse_bytes}, "weight", weight_bytes); !s.ok()) return s;
-  if (Status s = door::check_apart({"workspace", door::span_bytes(options.workspace)}, "weight", weight_bytes); !s.ok())
-    return s;
+  door::Bytes bytes;
+  if (Status s = door::check_data("weight", tidy(weight), bytes); !s.ok()) return s;
+  if (Status s = door::check_learned("weight", bytes, out, options); !s.ok()) return s;
   const auto policies = head_mixture(weight, options.cu_len_q);
   return door::run(door::call_of_variant<Compiled>(q, kv, out, options, policies));
 }

@@ -125,17 +125,11 @@ Status kv_bias_attention(const Operand& q, const Kv& kv, const Result& out, cons
                          const AttentionOptions& options = {}) {
   if (Status s = door::check_plain("q", q.format); !s.ok()) return s;
   if (Status s = check_kv_bias(bias, q.extent[1], kv.kv_heads, q.extent[3], kv.dim_v); !s.ok()) return s;
-  door::Bytes key_bytes, value_bytes, out_bytes, lse_bytes;
+  door::Bytes key_bytes, value_bytes;
   if (Status s = door::check_data("key", tidy(bias.key), key_bytes); !s.ok()) return s;
   if (Status s = door::check_data("value", tidy(bias.value), value_bytes); bias.value && !s.ok()) return s;
-  if (Status s = door::check_plain("out", out.format); !s.ok()) return s;
-  if (Status s = door::check_data("out", door::tidy_operand(out), out_bytes); !s.ok()) return s;
-  if (Status s = door::check_data("lse", tidy(options.lse), lse_bytes); options.lse && !s.ok()) return s;
-  for (const auto& [name, bytes] : {std::pair{"the learned key", key_bytes}, std::pair{"the learned value", value_bytes}}) {
-    if (Status s = door::check_apart({"out", out_bytes}, name, bytes); !s.ok()) return s;
-    if (Status s = door::check_apart({"lse", lse_bytes}, name, bytes); !s.ok()) return s;
-    if (Status s = door::check_apart({"workspace", door::span_bytes(options.workspace)}, name, bytes); !s.ok()) return s;
-  }
+  if (Status s = door::check_learned("the learned key", key_bytes, out, options); !s.ok()) return s;
+  if (Status s = door::check_learned("the learned value", value_bytes, out, options); !s.ok()) return s;
   const auto policies = kv_bias(q, bias, options);
   return door::run(door::call_of_variant<Compiled>(q, kv, out, options, policies));
 }

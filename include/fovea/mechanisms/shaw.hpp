@@ -181,16 +181,11 @@ Status run(const Operand& q, const Operand& k, const Operand& v, const Result& o
   const std::span<std::byte> workspace = options.workspace;
   const std::pair<const char*, const View<const float, 3>*> both[] = {{"k", &tables.k}, {"v", &tables.v}};
   for (const auto& [name, table] : both) {
-    door::Bytes bytes, out_bytes, lse_bytes;
+    door::Bytes bytes;
     if (!*table) continue;
     const index_t dim = table == &tables.k ? shape.dim_qk : shape.dim_v;
     if (Status s = check_table(name, *table, shape, dim, 2 * tables.clip() + 1, bytes); !s.ok()) return s;
-    if (Status s = door::check_data("out", out, out_bytes); !s.ok()) return s;
-    if (Status s = door::check_data("lse", options.lse, lse_bytes); options.lse && !s.ok()) return s;
-    for (const door::OutputBytes& output : {door::OutputBytes{"out", out_bytes}, door::OutputBytes{"lse", lse_bytes},
-                                            door::OutputBytes{"workspace", door::span_bytes(workspace)}}) {
-      if (Status s = door::check_apart(output, "a Shaw table", bytes); !s.ok()) return s;
-    }
+    if (Status s = door::check_learned("a Shaw table", bytes, out, options); !s.ok()) return s;
   }
   const int lanes = options.executor.lanes();
   Bump count;

@@ -148,16 +148,10 @@ Status run_block(const Operand& q_any, const Operand& k, const Operand& v, const
 
 template <class T, int Rank>
 Status check_apart(const char* name, const View<T, Rank>& table, const Result& out, const AttentionOptions& options) {
-  door::Bytes bytes, out_bytes, lse_bytes;
+  door::Bytes bytes;
   if (!table) return {};
   if (Status s = door::check_data(name, table, bytes); !s.ok()) return s;
-  if (Status s = door::check_data("out", out, out_bytes); !s.ok()) return s;
-  if (Status s = door::check_data("lse", options.lse, lse_bytes); options.lse && !s.ok()) return s;
-  for (const door::OutputBytes& output : {door::OutputBytes{"out", out_bytes}, door::OutputBytes{"lse", lse_bytes},
-                                          door::OutputBytes{"workspace", door::span_bytes(options.workspace)}}) {
-    if (Status s = door::check_apart(output, name, bytes); !s.ok()) return s;
-  }
-  return {};
+  return door::check_learned(name, bytes, out, options);
 }
 
 inline Status check_bias(const char* name, const View<const float, 2>& bias, const AttentionShape& shape) {
