@@ -133,15 +133,6 @@ struct EntmaxNormalizer {
   static constexpr float kUlps = 0x1p-22f;
   static constexpr int kMostSteps = 64;   // bisection, for alpha > 2, takes 24 and some
 
-  // f(j, chain) for the vectors j = 0, kLanes, ... < count, a multiple of kScoreRun.
-  template <class F>
-  FOVEA_INLINE static void for_each_vector(index_t count, const F& f) {
-    for (index_t j = 0; j < count; j += kScoreRun) {
-      FOVEA_UNROLL
-      for (index_t chain = 0; chain < 4; ++chain) f(j + chain * kLanes, chain);
-    }
-  }
-
   // The gaps to the top of the vectors that hold a key with weight at t, one after the other, in whole runs. Which vectors
   // these are depends on visible keys alone, and so do the bits of all sums over them.
   FOVEA_INLINE index_t keep_candidates(const float* s, index_t count, f32 top, float t, float* gaps) const {

@@ -11,6 +11,20 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
+// f(j, chain) for the vectors j = 0, kLanes, ... < count, in four chains; unrolled, so that the chains stay in registers.
+template <class F>
+FOVEA_INLINE void for_each_vector(index_t count, const F& f) {
+  index_t j = 0;
+  for (; j + kScoreRun <= count; j += kScoreRun) {
+    FOVEA_UNROLL
+    for (index_t chain = 0; chain < 4; ++chain) f(j + chain * kLanes, chain);
+  }
+  FOVEA_UNROLL
+  for (index_t chain = 0; chain < 3; ++chain) {
+    if (j + chain * kLanes < count) f(j + chain * kLanes, chain);
+  }
+}
+
 // Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), with an optional learned sink logit per head.
 struct Softmax {
   const float* sink = nullptr;   // [q_head]
@@ -93,20 +107,6 @@ struct Softmax {
       sum[chain] += weight;
     });
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  }
-
-  // f(j, chain) for the vectors j = 0, kLanes, ... < count, in four chains; unrolled, so that the chains stay in registers.
-  template <class F>
-  FOVEA_INLINE static void for_each_vector(index_t count, const F& f) {
-    index_t j = 0;
-    for (; j + kScoreRun <= count; j += kScoreRun) {
-      FOVEA_UNROLL
-      for (index_t chain = 0; chain < 4; ++chain) f(j + chain * kLanes, chain);
-    }
-    FOVEA_UNROLL
-    for (index_t chain = 0; chain < 3; ++chain) {
-      if (j + chain * kLanes < count) f(j + chain * kLanes, chain);
-    }
   }
 
   // exp(from - to), for a reference that moves up: 2^(old shift - new shift), with the shifts as they were rounded.
