@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Validate, plan, run: the path of every call, whatever its policies. The thread-local workspace lives here.
+// Validate, plan, run: the path of every call, whatever its policies. The thread-local plan and workspace are of local.hpp.
 #pragma once
 #include <cmath>
-#include <memory>
-#include <new>
 
+#include "local.hpp"
 #include "merging.hpp"
 
 namespace fovea {
@@ -12,47 +11,14 @@ inline namespace v0 {
 inline namespace FOVEA_ARCH {
 namespace door {
 
-// The library's own memory for callers who bring none: one per thread, kept between calls. A call from inside a call (a
-// work-stealing pool may do that) finds it busy and takes memory of its own.
-struct Local {
+// What a call without a plan of its own plans and binds in.
+struct Local : LocalBytes {
   Plan plan;
   AttentionRun run;
-  std::unique_ptr<std::byte[]> bytes;
-  std::size_t size = 0;
-  bool busy = false;
-
-  std::span<std::byte> workspace(std::size_t wanted) {
-    if (size < wanted) {
-      bytes.reset();
-      bytes.reset(new (std::nothrow) std::byte[wanted]);
-      size = bytes ? wanted : 0;
-    }
-    return {bytes.get(), size};
-  }
 };
-inline Local& thread_local_memory() {
-  thread_local Local local;
-  return local;
-}
 template <class F>
 auto with_local(const F& f) {
-  Local& shared = thread_local_memory();
-  if (shared.busy) {
-    Local own;
-    return f(own);
-  }
-  struct Busy {   // also when a pool throws
-    bool& flag;
-    explicit Busy(bool& f) : flag(f) { flag = true; }
-    ~Busy() { flag = false; }
-  } busy(shared.busy);
-  return f(shared);
-}
-
-inline Status check_workspace(std::span<std::byte> workspace, std::size_t wanted) {
-  if (workspace.size() >= wanted) return {};
-  return Status::error(Code::workspace_too_small, "fovea: workspace has %zu bytes, the plan needs %zu", workspace.size(),
-                       wanted);
+  return with_memory<Local>(f);
 }
 
 inline int lanes_for(const Plan& plan, const AttentionOptions& options) {

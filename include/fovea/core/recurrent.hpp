@@ -11,6 +11,7 @@
 #include <optional>
 #include <span>
 
+#include "executor.hpp"
 #include "types.hpp"
 #include "view.hpp"
 
@@ -36,8 +37,13 @@ struct Decay {
   DecayForm form = DecayForm::log;
 };
 
+// The three forms of one recurrence. They agree to rounding; which is fastest depends on the number of tokens.
+// step: token by token, the state where it lies: decode. fused: token by token, the state in the workspace. chunked:
+// matrix products over chunks of tokens: prefill.
+enum class RecurrentForm : std::uint8_t { automatic, step, fused, chunked };
+
 // Taken by every mechanism. A sequence without tokens hands its state on unchanged. initial_state and final_state may be the
-// same memory.
+// same memory. The references read the first six fields; the others say how the kernels run.
 template <class Real>
 struct RecurrentOptions {
   std::optional<Real> scale = {};   // of q (mLSTM: of k); absent = the mechanism's own, 1/sqrt(dim_k) or 1
@@ -47,6 +53,11 @@ struct RecurrentOptions {
   View<Real, 4> final_state = {};           // the same shape; null = not wanted
   std::span<const index_t> cu_len = {};     // [sequence + 1]  ragged: tensors have batch 1, sequence b owns the positions
                                             //                 cu_len[b] .. cu_len[b + 1] - 1
+
+  Executor executor = {};
+  std::span<std::byte> workspace = {};   // empty = the library's own, one per thread; a call may then allocate
+  RecurrentForm form = RecurrentForm::automatic;
+  index_t chunk = 0;   // tokens in a chunk, 1 to 256; 0 = the planner's choice
 };
 
 // Linear attention, o_t = S_t' phi(q_t) / (phi(q_t) . z_t + eps) with z the running sum of phi(k).
