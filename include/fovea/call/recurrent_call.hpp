@@ -8,6 +8,7 @@
 #include "../core/recurrent.hpp"
 #include "../core/workspace.hpp"
 #include "../engine/deal.hpp"
+#include "../engine/recurrent_run.hpp"
 #include "local.hpp"
 #include "views.hpp"
 
@@ -86,16 +87,16 @@ View<T, 1> view_of(std::span<T> numbers) {
   return {numbers.data(), {static_cast<index_t>(numbers.size())}, {1}};
 }
 
-struct RecurrentShape {
-  index_t batch, len, sequences, q_heads, k_heads, v_heads, state_heads, out_heads, dim_k, dim_v;
-};
+using FOVEA_ARCH::RecurrentShape;
+using FOVEA_ARCH::SequenceRun;
+using FOVEA_ARCH::sequence_run;
 
 inline index_t count_sequences(index_t batch, std::span<const index_t> cu_len) {
   return cu_len.empty() ? batch : static_cast<index_t>(cu_len.size()) - 1;
 }
 
 inline RecurrentShape recurrent_shape(const Operand& q, const Operand& k, const Operand& v,
-                                      const RecurrentOptions<float>& options) {
+                                      const RecurrentOptions<float>& options, index_t features = 0) {
   const index_t state_heads = std::max(k.extent[1], v.extent[1]);
   return {v.extent[0],
           v.extent[2],
@@ -105,23 +106,8 @@ inline RecurrentShape recurrent_shape(const Operand& q, const Operand& k, const 
           v.extent[1],
           state_heads,
           std::max(q.extent[1], state_heads),
-          k.extent[3],
+          features != 0 ? features : k.extent[3],
           v.extent[3]};
-}
-
-// Which head of `few` serves head h of `many`.
-FOVEA_INLINE index_t shared_head(index_t h, index_t many, index_t few, HeadMap map) {
-  return map == HeadMap::tiled ? h % few : h / (many / few);
-}
-
-// The positions of one sequence: [begin, end) of a batch entry.
-struct SequenceRun {
-  index_t batch, begin, end;
-};
-inline SequenceRun sequence_run(const RecurrentShape& shape, std::span<const index_t> cu_len, index_t sequence) {
-  if (cu_len.empty()) return {sequence, 0, shape.len};
-  const auto n = static_cast<std::size_t>(sequence);
-  return {0, cu_len[n], cu_len[n + 1]};
 }
 
 // [batch | 1, head | 1, pos | 1, one of two widths], float; required unless `optional`.
@@ -137,6 +123,29 @@ inline Status check_gate(const char* name, const View<const float, 4>& gate, con
   if (gate.extent[3] != width && gate.extent[3] != other_width)
     return invalid("fovea: %s has %td numbers a token, must be %td or %td", name, gate.extent[3], width, other_width);
   return memory.reads(name, gate);
+}
+
+inline Status check_decay(const Decay<float>& decay, const RecurrentShape& shape, index_t other_width, Memory& memory) {
+  if (decay.form > DecayForm::alpha)
+    return invalid("fovea: decay.form is %d, no value of the enum", static_cast<int>(decay.form));
+  return check_gate("decay.gate", decay.gate, shape, shape.state_heads, 1, other_width, memory);
+}
+
+// One number per state head.
+inline Status check_per_head(const char* name, std::span<const float> numbers, const RecurrentShape& shape, Memory& memory) {
+  if (static_cast<index_t>(numbers.size()) != shape.state_heads)
+    return invalid("fovea: %s has %zu entries for %td states", name, numbers.size(), shape.state_heads);
+  return memory.reads(name, view_of(numbers));
+}
+
+// [state_head, 1 | dim_v], optional.
+inline Status check_head_vectors(const char* name, const View<const float, 2>& numbers, const RecurrentShape& shape,
+                                 Memory& memory) {
+  if (!numbers) return {};
+  if (numbers.extent[0] != shape.state_heads || (numbers.extent[1] != 1 && numbers.extent[1] != shape.dim_v))
+    return invalid("fovea: %s is [%td, %td], must be [%td, 1 | %td]", name, numbers.extent[0], numbers.extent[1],
+                   shape.state_heads, shape.dim_v);
+  return memory.reads(name, numbers);
 }
 
 // Extents of an optional tensor that goes with the states; `want` has the shape's numbers in the order of the axes.
@@ -181,14 +190,15 @@ inline Status check_how(const RecurrentShape& s, const RecurrentOptions<float>& 
 }
 
 // q [batch, q_head, pos, dim_k], k [batch, k_head, pos, dim_k], v [batch, v_head, pos, dim_v], out [batch, out_head, pos,
-// dim_v]; head counts divide each other; and the options. What is checked is noted in `memory`.
+// dim_v]; head counts divide each other; and the options. What is checked is noted in `memory`. features: rows of the states
+// where a feature map makes them out of dim_k numbers.
 inline Status check_recurrent(const Operand& q, const Operand& k, const Operand& v, const Result& out,
-                              const RecurrentOptions<float>& options, Memory& memory) {
+                              const RecurrentOptions<float>& options, Memory& memory, index_t features = 0) {
   for (const auto& [name, format] : {std::pair{"q", q.format}, std::pair{"k", k.format}, std::pair{"v", v.format},
                                      std::pair{"out", out.format}}) {
     if (Status s = check_plain(name, format); !s.ok()) return s;
   }
-  const RecurrentShape s = recurrent_shape(q, k, v, options);
+  const RecurrentShape s = recurrent_shape(q, k, v, options, features);
   if (s.batch < 0 || s.len < 0) return invalid("fovea: v has batch %td and %td positions", s.batch, s.len);
   if (s.q_heads < 1 || s.k_heads < 1 || s.v_heads < 1)
     return invalid("fovea: q heads (%td), k heads (%td) and v heads (%td) must be positive", s.q_heads, s.k_heads, s.v_heads);
@@ -198,8 +208,8 @@ inline Status check_recurrent(const Operand& q, const Operand& k, const Operand&
     return invalid("fovea: q heads (%td) and states (%td) do not divide each other", s.q_heads, s.state_heads);
   if (s.dim_k < 1 || s.dim_v < 1 || s.dim_k > kMaxRecurrentDim || s.dim_v > kMaxRecurrentDim)
     return unsupported("fovea: dims 1 to %td are supported: dim_k %td, dim_v %td", kMaxRecurrentDim, s.dim_k, s.dim_v);
-  if (Status status = check_extents("q", q, {s.batch, s.q_heads, s.len, s.dim_k}, "k and v"); !status.ok()) return status;
-  if (Status status = check_extents("k", k, {s.batch, s.k_heads, s.len, s.dim_k}, "v"); !status.ok()) return status;
+  if (Status status = check_extents("q", q, {s.batch, s.q_heads, s.len, k.extent[3]}, "k and v"); !status.ok()) return status;
+  if (Status status = check_extents("k", k, {s.batch, s.k_heads, s.len, k.extent[3]}, "v"); !status.ok()) return status;
   if (Status status = check_extents("out", out, {s.batch, s.out_heads, s.len, s.dim_v}, "q and v"); !status.ok()) return status;
   if (Status status = memory.reads("q", q); !status.ok()) return status;
   if (Status status = memory.reads("k", k); !status.ok()) return status;

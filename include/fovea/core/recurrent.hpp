@@ -23,6 +23,10 @@ inline namespace v0 {
 // error in the other.
 enum class HeadMap : std::uint8_t { blocks, tiled };
 
+FOVEA_DATA_INLINE index_t shared_head(index_t h, index_t many, index_t few, HeadMap map) {
+  return map == HeadMap::tiled ? h % few : h / (many / few);
+}
+
 // How a state lies in memory: [.., dim_k, dim_v] or [.., dim_v, dim_k].
 enum class StateLayout : std::uint8_t { k_first, v_first };
 

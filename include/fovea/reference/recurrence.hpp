@@ -50,10 +50,6 @@ struct StateMatrix {
   }
 };
 
-inline index_t shared_head(index_t h, index_t many, index_t few, HeadMap map) {
-  return map == HeadMap::tiled ? h % few : h / (many / few);
-}
-
 // x[batch, head, pos, :], where an axis of extent 1 is shared.
 inline Vector row(const Tensor<const double>& x, index_t batch, index_t head, index_t pos) {
   Vector out(size_of(x.extent[3]));

@@ -2,6 +2,7 @@
 // Rows of plain numbers (f32, f64, bf16, f16) to floats and back: queries as they enter the engine, outputs as they leave.
 #pragma once
 #include <algorithm>
+#include <cstring>
 
 #include "../core/convert.hpp"
 #include "../core/formats.hpp"
@@ -14,6 +15,10 @@ inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
 inline void read_numbers(Format format, const std::byte* from, index_t element_stride, index_t count, float* to) {
+  if (element_stride == 1 && format == Format::f32) {
+    std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
   if (element_stride == 1 && (format == Format::bf16 || format == Format::f16)) {
     const bool brain = format == Format::bf16;
     index_t i = 0;
@@ -38,6 +43,10 @@ inline void read_numbers(Format format, const std::byte* from, index_t element_s
 }
 
 inline void write_numbers(Format format, const float* from, index_t count, std::byte* to, index_t element_stride) {
+  if (element_stride == 1 && format == Format::f32) {
+    std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
   if (element_stride == 1 && (format == Format::bf16 || format == Format::f16)) {
     for (index_t i = 0; i < count; i += kLanes) {
       const index_t here = std::min(kLanes, count - i);

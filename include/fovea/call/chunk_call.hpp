@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// The path of a recurrent call whose checks are done: plan, workspace, lanes.
+#pragma once
+#include "../engine/chunk_engine.hpp"
+#include "../engine/chunk_step.hpp"
+#include "../engine/recurrent_plan.hpp"
+#include "../simd/denormals.hpp"
+#include "recurrent_call.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+namespace door {
+
+inline RecurrentRun bind_recurrent(const Operand& q, const Operand& k, const Operand& v, const Result& out,
+                                   const RecurrentOptions<float>& options, float own_scale) {
+  RecurrentRun run;
+  run.shape = recurrent_shape(q, k, v, options);
+  run.q = tidy_operand(q);
+  run.k = tidy_operand(k);
+  run.v = tidy_operand(v);
+  run.out = tidy_operand(out);
+  run.scale = options.scale ? *options.scale : own_scale;
+  run.head_map = options.head_map;
+  run.layout = options.layout;
+  run.initial_state = options.initial_state;
+  run.final_state = options.final_state;
+  run.cu_len = options.cu_len;
+  return run;
+}
+
+inline float inverse_root(index_t dim) { return static_cast<float>(1 / std::sqrt(static_cast<double>(dim))); }
+
+template <class Map>
+RowMap row_map(const Map& map) {
+  return {&map, [](const void* object, index_t head, index_t pos, const float* row, float* features) {
+            (*static_cast<const Map*>(object))(head, pos, row, features);
+          }};
+}
+
+template <class Spec>
+constexpr RecurrentTraits traits_of() {
+  return {Spec::DecayOf::kind, Spec::UpdateOf::kind, Spec::DecayOf::kind != Decayed::key};
+}
+
+template <class Task, class Spec>
+Status run_tasks(const RecurrentRun& run, const Spec& spec, const RecurrentOptions<float>& options) {
+  const int lanes = static_cast<int>(std::min<index_t>(options.executor.lanes(), std::max<index_t>(run.plan.tasks, 1)));
+  Bump count;
+  Task::carve(count, run);
+  const std::size_t slice = count.used();
+  const std::size_t wanted = slice * static_cast<std::size_t>(lanes) + kAlignment;
+  const auto execute = [&](std::span<std::byte> workspace) -> Status {
+    if (Status s = check_workspace(workspace, wanted); !s.ok()) return s;
+    std::byte* const bytes = aligned(workspace).data();
+    const auto work = [&](int lane, index_t task) {
+      Bump bump(bytes + slice * static_cast<std::size_t>(lane));
+      const auto memory = Task::carve(bump, run);
+      const FlushDenormals flush;
+      Task(run, spec, memory)(task);
+    };
+    deal(options.executor, lanes, run.plan.tasks, work);
+    return {};
+  };
+  if (!options.workspace.empty()) return execute(options.workspace);
+  return with_memory<LocalBytes>([&](LocalBytes& local) { return execute(local.workspace(wanted)); });
+}
+
+template <class Spec>
+Status run_recurrent(RecurrentRun& run, const Spec& spec, const RecurrentOptions<float>& options) {
+  static_assert(check_chunk_spec<Spec>());
+  run.plan = plan_recurrent(run, traits_of<Spec>(), options);
+  if (run.plan.form == RecurrentForm::chunked) return run_tasks<ChunkTask<Spec>>(run, spec, options);
+  return run_tasks<StepTask<Spec>>(run, spec, options);
+}
+
+// Bytes for options.workspace, whatever the form.
+template <class Spec>
+std::size_t recurrent_workspace_bytes(RecurrentRun run, const RecurrentOptions<float>& options) {
+  run.plan = plan_recurrent(run, traits_of<Spec>(), options);
+  Bump count;
+  if (run.plan.form == RecurrentForm::chunked) {
+    ChunkTask<Spec>::carve(count, run);
+  } else {
+    StepTask<Spec>::carve(count, run);
+  }
+  return count.used() * static_cast<std::size_t>(options.executor.lanes()) + kAlignment;
+}
+
+}   // namespace door
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

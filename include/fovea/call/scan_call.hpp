@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the front doors of the elementwise scans (engine/scan.hpp) share: checks of their operands, workspace and lanes.
+#pragma once
+#include "../engine/deal.hpp"
+#include "../engine/scan.hpp"
+#include "recurrent_call.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+namespace door {
+
+inline constexpr index_t kMaxScanChannels = 1 << 20;
+
+// [batch, heads, pos, width] of a plain format, noted as read.
+inline Status check_scan_input(const char* name, const Operand& x, const std::array<index_t, 4>& want, const char* against,
+                               Memory& memory) {
+  if (Status s = check_plain(name, x.format); !s.ok()) return s;
+  if (Status s = check_extents(name, x, want, against); !s.ok()) return s;
+  return memory.reads(name, x);
+}
+
+inline Status check_scan_output(const char* name, const Result& x, const std::array<index_t, 4>& want, const char* against,
+                                Memory& memory) {
+  if (Status s = check_plain(name, x.format); !s.ok()) return s;
+  if (Status s = check_extents(name, x, want, against); !s.ok()) return s;
+  return memory.writes(name, x);
+}
+
+inline Status check_scan_channels(const char* name, index_t channels) {
+  if (channels >= 1 && channels <= kMaxScanChannels) return {};
+  return unsupported("fovea: %s has %td channels, 1 to %td are supported", name, channels, kMaxScanChannels);
+}
+
+// A parameter that may not be absent.
+template <class T, int Rank>
+Status check_parameter(const char* name, const View<T, Rank>& view, const std::array<index_t, Rank>& want, Memory& memory) {
+  if (view.data == nullptr) return invalid("fovea: %s has null data", name);
+  return check_like(name, view, want, memory);
+}
+
+struct ScanLocal : LocalBytes {};
+
+template <class Scan>
+std::size_t scan_bytes(const Scan& scan, int lanes) {
+  Bump bump;
+  for (int lane = 0; lane < lanes; ++lane) scan.carve(bump);
+  return bump.used() + kAlignment;
+}
+
+template <class Scan>
+Status run_scan(const Scan& scan, const RecurrentOptions<float>& options) {
+  const int lanes = options.executor.lanes();
+  const std::size_t wanted = scan_bytes(scan, lanes);
+  const auto run = [&](std::span<std::byte> workspace) -> Status {
+    if (Status s = check_workspace(workspace, wanted); !s.ok()) return s;
+    Bump lane_bytes;
+    scan.carve(lane_bytes);
+    std::byte* const begin = aligned(workspace).data();
+    deal(options.executor, lanes, scan.tasks(), [&](int lane, index_t task) {
+      Bump bump(begin + lane_bytes.used() * static_cast<std::size_t>(lane));
+      scan.run(task, scan.carve(bump));
+    });
+    return {};
+  };
+  if (!options.workspace.empty()) return run(options.workspace);
+  return with_memory<ScanLocal>([&](ScanLocal& local) { return run(local.workspace(wanted)); });
+}
+
+}   // namespace door
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -1,0 +1,609 @@
+// SPDX-License-Identifier: Apache-2.0
+// The chunkwise form of every recurrence with a matrix state. Per chunk of tokens and state (docs/recurrent.md):
+//   gates      products of the factors from the start of the chunk (P), to its end (Z), between tokens
+//   scores     write keys against read rows, once per key head where the factors are scalars
+//   transform  delta rules: (I + L) W = beta (V - (P K) S), one product and one triangular solve in registers
+//   output     O = (P Q) S + A W
+//   state      S = P_C S + (Z K)' W
+// Values go in panels of kPanel columns, so that a panel of the state stays in L1 through transform, output and state.
+#pragma once
+#include "../simd/math.hpp"
+#include "chunk_memory.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+template <class Spec>
+class ChunkTask {
+  using DecayOf = typename Spec::DecayOf;
+  using UpdateOf = typename Spec::UpdateOf;
+  using ReadOf = typename Spec::ReadOf;
+  using CloseOf = typename Spec::CloseOf;
+  static constexpr bool kByKey = DecayOf::kind == Decayed::key;
+  static constexpr bool kDecays = DecayOf::kind != Decayed::none;
+  static constexpr bool kDelta = UpdateOf::kind == Written::delta;
+  static constexpr bool kLowRank = UpdateOf::kind == Written::dplr;
+  static constexpr bool kSolves = kDelta || kLowRank;
+  static_assert(!ReadOf::exclusive || kByKey, "an exclusive read goes with factors per key channel");
+  static_assert(!kLowRank || kByKey, "low-rank updates go with factors per key channel");
+
+ public:
+  static index_t chunk_rows(const RecurrentRun& run) { return round_up(run.plan.chunk, std::max<index_t>(kLanes, 4)); }
+  static ChunkMemory carve(Bump& bump, const RecurrentRun& run) {
+    return carve_chunk(bump, run, chunk_rows(run), kByKey, kLowRank);
+  }
+
+  ChunkTask(const RecurrentRun& run, const Spec& spec, const ChunkMemory& memory)
+      : run_(run), spec_(spec), m_(memory), stride_(chunk_rows(run)), dim_(padded_dim_k(run.shape)) {}
+
+  void operator()(index_t task) {
+    place_ = task_place(run_, task);
+    load_states();
+    if (run_.read_last) {
+      walk(true, false);
+      walk(false, true);
+    } else {
+      walk(true, true);
+    }
+    store_states();
+  }
+
+ private:
+  void walk(bool write, bool read) {
+    writes_ = write;
+    reads_ = read;
+    for (index_t begin = place_.tokens.begin; begin < place_.tokens.end; begin += run_.plan.chunk) {
+      chunk(begin, std::min(run_.plan.chunk, place_.tokens.end - begin));
+    }
+  }
+
+  float* state(index_t member, index_t panel) const {
+    return m_.state + (member * place_.panels + panel) * dim_ * kPanel;
+  }
+  float* key_sum(index_t member) const { return m_.key_sum + member * dim_; }
+
+  void load_states() {
+    const RecurrentShape& shape = run_.shape;
+    for (index_t member = 0; member < run_.plan.group; ++member) {
+      const index_t head = state_head(run_, place_.group, member);
+      for (index_t p = 0; p < place_.panels; ++p) {
+        const index_t panel = place_.first_panel + p;
+        if (run_.initial_state) {
+          load_state_panel(state_columns(run_.initial_state, run_.layout, place_.sequence, head, panel * kPanel), shape.dim_k,
+                           panel_columns(run_, panel), dim_, state(member, p));
+        } else {
+          std::fill_n(state(member, p), dim_ * kPanel, 0.f);
+        }
+      }
+      if constexpr (CloseOf::divides) {
+        std::fill_n(key_sum(member), dim_, 0.f);
+        const auto& z = run_.initial_key_sum;
+        for (index_t d = 0; z && d < shape.dim_k; ++d) key_sum(member)[d] = z(place_.sequence, head, d);
+      }
+    }
+  }
+
+  void store_states() {
+    const RecurrentShape& shape = run_.shape;
+    for (index_t member = 0; member < run_.plan.group; ++member) {
+      const index_t head = state_head(run_, place_.group, member);
+      for (index_t p = 0; run_.final_state && p < place_.panels; ++p) {
+        const index_t panel = place_.first_panel + p;
+        store_state_panel(state(member, p),
+                          state_columns(run_.final_state, run_.layout, place_.sequence, head, panel * kPanel), shape.dim_k,
+                          panel_columns(run_, panel));
+      }
+      if constexpr (CloseOf::divides) {
+        const auto& z = run_.final_key_sum;
+        if (place_.first_panel != 0) continue;
+        for (index_t d = 0; z && d < shape.dim_k; ++d) z(place_.sequence, head, d) = key_sum(member)[d];
+      }
+    }
+  }
+
+  void chunk(index_t begin, index_t count) {
+    const RecurrentShape& shape = run_.shape;
+    rows_ = round_up(count, std::max<index_t>(kLanes, 4));
+    loaded_q_ = -1;
+    for (index_t member = 0; member < run_.plan.group; ++member) {
+      const index_t head = state_head(run_, place_.group, member);
+      at_ = {place_.sequence, place_.tokens.batch, head, begin, count};
+      if (member == 0) load_keys(shared_head(head, shape.state_heads, shape.k_heads, run_.head_map));
+      load_values(run_, place_, shared_head(head, shape.state_heads, shape.v_heads, run_.head_map), begin, count, stride_, rows_,
+                  m_.row, m_.v);
+      prepare_gates();
+      prepare_keys();
+      const index_t readers = reads_ ? shape.out_heads / shape.state_heads : 0;
+      for (index_t reader = 0; reader < readers; ++reader) {
+        const index_t out = out_head(run_, head, reader);
+        prepare_queries(shared_head(out, shape.out_heads, shape.q_heads, run_.head_map), member);
+        for (index_t p = 0; p < place_.panels; ++p) {
+          if (reader == 0) transform(member, p);
+          output(out, member, p);
+          if (reader + 1 == readers) advance(member, p);
+        }
+      }
+      for (index_t p = 0; readers == 0 && p < place_.panels; ++p) {
+        transform(member, p);
+        advance(member, p);
+      }
+      if constexpr (CloseOf::divides) advance_key_sum(member);
+    }
+  }
+
+  // to[j, i] = sum_d left[d, j] right[d, i] for the vectors of i that reach the diagonal.
+  void scores(const float* left, const float* right, float* to) const {
+    for (index_t j = 0; j < rows_;) {
+      const index_t first = j;
+      for (index_t i = first / kLanes * kLanes; i < rows_; i += kPanel) {
+        const ProductTerm term{left + first, stride_, right + i, stride_, run_.shape.dim_k};
+        index_t tile = 0;
+        if (rows_ - i >= kPanel) {
+          tile = with_tile_rows(rows_ - first, [&](auto rows) {
+            product_tile<rows.value, kPanelVectors>(&term, 1, {}, to + first * stride_ + i, stride_);
+          });
+        } else {
+          tile = with_tile_rows(rows_ - first, [&](auto rows) {
+            product_tile<rows.value, 1>(&term, 1, {}, to + first * stride_ + i, stride_);
+          });
+        }
+        j = first + tile;
+      }
+    }
+  }
+
+  // to[j, i] = from[j, i] (times the factors between the tokens) where i > j, or i >= j; 0 elsewhere.
+  template <bool WithDiagonal>
+  void keep_lower(const float* from, bool factors, float* to) const {
+    const i32 numbers = lane_numbers();
+    for (index_t j = 0; j < rows_; ++j) {
+      const i32 bound(static_cast<std::int32_t>(WithDiagonal ? j - 1 : j));
+      for (index_t i = 0; i < rows_; i += kLanes) {
+        if (i + kLanes <= j) {
+          store(to + j * stride_ + i, f32(0.f));
+          continue;
+        }
+        f32 x = load(from + j * stride_ + i);
+        if (factors) x = x * load(m_.decays + j * stride_ + i);
+        store(to + j * stride_ + i, select(as_keep(numbers + i32(static_cast<std::int32_t>(i)) > bound), x, f32(0.f)));
+      }
+    }
+  }
+
+  void load_keys(index_t head) {
+    load_rows(run_.k, run_.k_map, at_.batch, head, at_.begin, at_.count, run_.shape.dim_k, dim_, rows_, 1.f, m_.row, m_.k_rows);
+    if constexpr (!kByKey) {
+      transpose_rows(m_.k_rows, dim_, rows_, dim_, m_.k_t, stride_);
+      if constexpr (kDelta) scores(m_.k_t, m_.k_t, m_.kk);
+    }
+  }
+
+  void prepare_gates() {
+    if constexpr (kByKey) {
+      spec_.decay.alpha(at_, m_.alpha, dim_);
+      for (index_t i = 0; i < at_.count; ++i) std::fill(m_.alpha + i * dim_ + run_.shape.dim_k, m_.alpha + (i + 1) * dim_, 1.f);
+      std::fill(m_.alpha + at_.count * dim_, m_.alpha + rows_ * dim_, 1.f);
+    } else if constexpr (kDecays) {
+      spec_.decay.alpha(at_, m_.alpha, 1);
+      std::fill(m_.alpha + at_.count, m_.alpha + rows_, 1.f);
+      float product = 1.f;
+      for (index_t i = 0; i < rows_; ++i) m_.prefix[i] = product = product * m_.alpha[i];
+      std::fill_n(m_.total, dim_, product);
+      product = 1.f;
+      for (index_t j = rows_; j-- > 0; product *= m_.alpha[j]) m_.suffix[j] = product;
+      prepare_decays();
+    } else {
+      std::fill_n(m_.total, dim_, 1.f);
+    }
+    if constexpr (UpdateOf::kind == Written::additive) {
+      if constexpr (UpdateOf::kGain) {
+        spec_.update.gain(at_, m_.gain);
+        std::fill(m_.gain + at_.count, m_.gain + rows_, 0.f);
+      }
+    }
+    if constexpr (kDelta) prepare_beta();
+  }
+
+  // decays[j, i] = alpha_{j + 1} .. alpha_i, by rows i (each is the row before times alpha_i) and then turned.
+  void prepare_decays() const {
+    float* const table = m_.weights;   // free until the queries come
+    for (index_t i = 0; i < rows_; ++i) {
+      const f32 factor(m_.alpha[i]);
+      float* const row = table + i * stride_;
+      for (index_t j = 0; j <= i; j += kLanes) store(row + j, i == 0 ? f32(0.f) : load(row - stride_ + j) * factor);
+      if (i % kLanes == 0) store(row + i, f32(0.f));
+      row[i] = 1.f;
+    }
+    for (index_t i = 0; i < rows_; i += kLanes) {
+      for (index_t j = 0; j <= i; j += kLanes) {
+        f32 cells[kLanes];
+        FOVEA_UNROLL
+        for (index_t r = 0; r < kLanes; ++r) cells[r] = load(table + (i + r) * stride_ + j);
+        transpose(cells);
+        FOVEA_UNROLL
+        for (index_t c = 0; c < kLanes; ++c) store(m_.decays + (j + c) * stride_ + i, cells[c]);
+      }
+    }
+  }
+
+  // W = -beta (-V + ..): the sums of the solve start from -V, so that no operand needs a sign.
+  void prepare_beta() {
+    if (spec_.update.beta_width() == 1) {
+      spec_.update.beta(at_, 0, 1, m_.beta, 1);
+      for (index_t i = 0; i < at_.count; ++i) m_.beta[i] = -m_.beta[i];
+      std::fill(m_.beta + at_.count, m_.beta + rows_, 0.f);
+      return;
+    }
+    std::fill_n(m_.beta, place_.panels * stride_ * kPanel, 0.f);
+    for (index_t p = 0; p < place_.panels; ++p) {
+      const index_t panel = place_.first_panel + p, columns = panel_columns(run_, panel);
+      float* const to = m_.beta + p * stride_ * kPanel;
+      spec_.update.beta(at_, panel * kPanel, columns, to, kPanel);
+      for (index_t i = 0; i < at_.count; ++i) {
+        for (index_t n = 0; n < columns; ++n) to[i * kPanel + n] = -to[i * kPanel + n];
+      }
+    }
+  }
+
+  // ---- factors per token or head
+
+  void prepare_keys() {
+    if constexpr (kByKey) {
+      prepare_keys_by_channel();
+      return;
+    }
+    if constexpr (kDelta) {
+      keep_lower<false>(m_.kk, kDecays, m_.lower);
+      if constexpr (kDecays) scale_columns(m_.k_t, m_.prefix, m_.a_state);
+    }
+    if constexpr (kDecays || has_gain()) {
+      for (index_t j = 0; j < rows_; ++j) {
+        float by = 1.f;
+        if constexpr (kDecays) by = m_.suffix[j];
+        if constexpr (has_gain()) by *= m_.gain[j];
+        const f32 factor(by);
+        for (index_t d = 0; d < dim_; d += kLanes) store(m_.k_out + j * dim_ + d, load(m_.k_rows + j * dim_ + d) * factor);
+      }
+    }
+  }
+  static constexpr bool has_gain() {
+    if constexpr (UpdateOf::kind == Written::additive) return UpdateOf::kGain;
+    return false;
+  }
+
+  // to[d, i] = from[d, i] by[i].
+  void scale_columns(const float* from, const float* by, float* to) const {
+    for (index_t i = 0; i < rows_; i += kPanel) {
+      const bool two = rows_ - i >= kPanel;
+      const f32 first = load(by + i), second = two ? load(by + i + kLanes) : f32(0.f);
+      for (index_t d = 0; d < run_.shape.dim_k; ++d) {
+        store(to + d * stride_ + i, load(from + d * stride_ + i) * first);
+        if (two) store(to + d * stride_ + i + kLanes, load(from + d * stride_ + i + kLanes) * second);
+      }
+    }
+  }
+
+  void load_queries(index_t head) {
+    if (loaded_q_ == head) return;
+    loaded_q_ = head;
+    load_rows(run_.q, run_.q_map, at_.batch, head, at_.begin, at_.count, run_.shape.dim_k, dim_, rows_, run_.scale, m_.row,
+              m_.q_rows);
+    if constexpr (!kByKey) {
+      transpose_rows(m_.q_rows, dim_, rows_, dim_, m_.q_t, stride_);
+      if (writes_) scores(m_.k_t, m_.q_t, m_.qk);
+    }
+  }
+
+  void prepare_queries(index_t head, index_t member) {
+    load_queries(head);
+    if constexpr (kByKey) {
+      prepare_queries_by_channel();
+    } else {
+      if (writes_) {
+        keep_lower<true>(m_.qk, kDecays, m_.weights);
+        if constexpr (has_gain()) {
+          for (index_t j = 0; j < rows_; ++j) {
+            const f32 factor(m_.gain[j]);
+            for (index_t i = j / kLanes * kLanes; i < rows_; i += kLanes)
+              store(m_.weights + j * stride_ + i, load(m_.weights + j * stride_ + i) * factor);
+          }
+        }
+      }
+      if constexpr (kDecays) scale_columns(m_.q_t, m_.prefix, m_.q_state);
+    }
+    if constexpr (CloseOf::divides) prepare_divisors(member);
+  }
+
+  const float* state_queries() const { return kByKey || kDecays ? m_.q_state : m_.q_t; }
+  const float* state_removals() const { return kByKey || kDecays ? m_.a_state : m_.k_t; }
+  const float* written_keys() const { return kByKey || kDecays || has_gain() ? m_.k_out : m_.k_rows; }
+
+  // ---- factors per key channel
+
+  // Products from the middle of the chunk make both sides of every score small or large together, and their product is at most
+  // 1: sound as long as half a chunk decays by less than 2^-100. Otherwise decayed copies of the keys, at three times the cost.
+  void prepare_keys_by_channel() {
+    if constexpr (kLowRank) {
+      spec_.update.rows(at_, m_.k_rows, dim_, m_.a_rows, m_.b_rows);
+      for (float* const rows : {m_.a_rows, m_.b_rows}) {
+        for (index_t i = 0; i < at_.count; ++i) std::fill(rows + i * dim_ + run_.shape.dim_k, rows + (i + 1) * dim_, 0.f);
+        std::fill(rows + at_.count * dim_, rows + rows_ * dim_, 0.f);
+      }
+    }
+    decay_to_end(m_.k_rows, m_.k_out);
+    if constexpr (kLowRank) decay_to_end(m_.b_rows, m_.b_out);
+    factored_ = factor_rows();
+    if (factored_) {
+      divided_rows(m_.k_rows, m_.k_t);
+      if constexpr (kLowRank) divided_rows(m_.b_rows, m_.b_t);
+    }
+    if constexpr (kDelta) read_rows<false>(m_.k_rows, m_.a_t, m_.a_state);
+    if constexpr (kLowRank) read_rows<true>(m_.a_rows, m_.a_t, m_.a_state);
+    if constexpr (kDelta) channel_scores<false, false>(m_.k_rows, m_.a_t, m_.k_rows, m_.k_t, m_.lower);
+    if constexpr (kLowRank) {
+      channel_scores<true, false>(m_.a_rows, m_.a_t, m_.b_rows, m_.b_t, m_.lower);
+      channel_scores<true, false>(m_.a_rows, m_.a_t, m_.k_rows, m_.k_t, m_.lower_v);
+    }
+  }
+
+  void prepare_queries_by_channel() {
+    read_rows<ReadOf::exclusive>(m_.q_rows, m_.q_t, m_.q_state);
+    channel_scores<ReadOf::exclusive, !ReadOf::exclusive>(m_.q_rows, m_.q_t, m_.k_rows, m_.k_t, m_.weights);
+    if constexpr (kLowRank) channel_scores<false, true>(m_.q_rows, m_.q_t, m_.b_rows, m_.b_t, m_.weights_b);
+    if constexpr (ReadOf::exclusive) {
+      spec_.read.bonus(at_, m_.q_rows, m_.k_rows, dim_, m_.divisor);
+      for (index_t i = 0; i < at_.count; ++i) m_.weights[i * stride_ + i] = m_.divisor[i];
+    }
+  }
+
+  // to_j = row_j alpha_{j + 1} .. alpha_last; total = the product over all.
+  void decay_to_end(const float* rows, float* to) const {
+    for (index_t d = 0; d < dim_; d += kLanes) {
+      f32 product(1.f);
+      for (index_t j = rows_; j-- > 0;) {
+        store(to + j * dim_ + d, load(rows + j * dim_ + d) * product);
+        product = product * load(m_.alpha + j * dim_ + d);
+      }
+      store(m_.total + d, product);
+    }
+  }
+
+  // row_factor_i: the product from the middle to i, its inverse before the middle; scratch_i: 1 / row_factor_i. False where a
+  // product is too small for that.
+  bool factor_rows() const {
+    const index_t middle = rows_ / 2;
+    keep_t sound = f32(0.f) == f32(0.f);
+    const f32 least(0x1p-100f), most(0x1p100f);
+    for (index_t d = 0; d < dim_; d += kLanes) {
+      f32 product(1.f);
+      store(m_.row_factor + middle * dim_ + d, product);
+      store(m_.scratch_rows + middle * dim_ + d, product);
+      for (index_t i = middle + 1; i < rows_; ++i) {
+        product = product * load(m_.alpha + i * dim_ + d);
+        store(m_.row_factor + i * dim_ + d, product);
+        store(m_.scratch_rows + i * dim_ + d, reciprocal(product));
+      }
+      sound = sound & (product >= least) & (product <= most);
+      product = f32(1.f);
+      for (index_t i = middle; i-- > 0;) {
+        product = product * load(m_.alpha + (i + 1) * dim_ + d);
+        store(m_.scratch_rows + i * dim_ + d, product);
+        store(m_.row_factor + i * dim_ + d, reciprocal(product));
+      }
+      sound = sound & (product >= least) & (product <= most);
+      store(m_.middle + d, product * load(m_.alpha + d));
+    }
+    return xsimd::all(sound);
+  }
+
+  // to[d, j] = rows[j, d] / row_factor.
+  void divided_rows(const float* rows, float* to) const {
+    turn(rows, m_.scratch_rows, 0, to);
+  }
+
+  // to[d, i] = rows[i, d] factors[i - shift, d], the first `shift` rows unscaled.
+  void turn(const float* rows, const float* factors, index_t shift, float* to) const {
+    for (index_t row = 0; row < rows_; row += kLanes) {
+      for (index_t d = 0; d < dim_; d += kLanes) {
+        f32 cells[kLanes];
+        FOVEA_UNROLL
+        for (index_t r = 0; r < kLanes; ++r) {
+          const index_t at = row + r;
+          cells[r] = load(rows + at * dim_ + d);
+          if (at >= shift) cells[r] = cells[r] * load(factors + (at - shift) * dim_ + d);
+        }
+        transpose(cells);
+        FOVEA_UNROLL
+        for (index_t c = 0; c < kLanes; ++c) store(to + (d + c) * stride_ + row, cells[c]);
+      }
+    }
+  }
+
+  // turned: [dim_k, chunk] for the scores, where factored; state: the rows times the product from the start of the chunk.
+  template <bool Exclusive>
+  void read_rows(const float* rows, float* turned, float* state_rows) const {
+    constexpr index_t kShift = Exclusive ? 1 : 0;
+    if (factored_) {
+      turn(rows, m_.row_factor, kShift, turned);
+      for (index_t d = 0; d < run_.shape.dim_k; ++d) {
+        const f32 factor(m_.middle[d]);
+        for (index_t i = 0; i < rows_; i += kLanes)
+          store(state_rows + d * stride_ + i, load(turned + d * stride_ + i) * factor);
+        if constexpr (Exclusive) state_rows[d * stride_] = rows[d];
+      }
+      return;
+    }
+    for (index_t d = 0; d < dim_; d += kLanes) {   // row_factor is free: the products from the start
+      f32 product(1.f);
+      for (index_t i = 0; i < rows_; ++i) {
+        product = product * load(m_.alpha + i * dim_ + d);
+        store(m_.row_factor + i * dim_ + d, product);
+      }
+    }
+    turn(rows, m_.row_factor, kShift, state_rows);
+  }
+
+  // to[j, i] = sum_d write[j, d] (factors between) read[i, d] for i > j, or i >= j; 0 elsewhere.
+  template <bool Exclusive, bool WithDiagonal>
+  void channel_scores(const float* read, const float* read_t, const float* write, const float* write_t, float* to) const {
+    if (factored_) {
+      scores(write_t, read_t, m_.decays);
+      keep_lower<WithDiagonal>(m_.decays, false, to);
+      return;
+    }
+    float* const decayed = m_.scratch_rows;
+    std::memcpy(decayed, write, static_cast<std::size_t>(rows_ * dim_) * sizeof(float));
+    std::fill_n(to, rows_ * stride_, 0.f);
+    for (index_t i = 0; i < rows_; ++i) {
+      for (index_t j = 0; j < i + (WithDiagonal ? 1 : 0); ++j) {
+        f32 sum(0.f);
+        for (index_t d = 0; d < dim_; d += kLanes) {
+          f32 key = load(decayed + j * dim_ + d);
+          const f32 x = load(read + i * dim_ + d);
+          if constexpr (Exclusive) sum = fma(key, x, sum);
+          if (j < i) {
+            key = key * load(m_.alpha + i * dim_ + d);
+            store(decayed + j * dim_ + d, key);
+          }
+          if constexpr (!Exclusive) sum = fma(key, x, sum);
+        }
+        to[j * stride_ + i] = reduce_add(sum);
+      }
+    }
+  }
+
+  // ---- the three products
+
+  template <class F>
+  void with_vectors(index_t panel, const F& f) const {
+    if (panel_columns(run_, place_.first_panel + panel) > kLanes) {
+      f(std::integral_constant<int, kPanelVectors>{});
+    } else {
+      f(std::integral_constant<int, 1>{});
+    }
+  }
+
+  void transform(index_t member, index_t p) const {
+    if constexpr (!kSolves) return;
+    if constexpr (kSolves) {
+      const float* const v = m_.v + p * stride_ * kPanel;
+      float* const w = m_.w + p * stride_ * kPanel;
+      const float* beta = m_.beta;
+      index_t beta_stride = 0;
+      if constexpr (kDelta) {
+        if (spec_.update.beta_width() != 1) {
+          beta = m_.beta + p * stride_ * kPanel;
+          beta_stride = kPanel;
+        }
+      } else {
+        static constexpr auto kOnes = [] {
+          std::array<float, 256> ones{};
+          for (float& one : ones) one = 1.f;
+          return ones;
+        }();
+        beta = kOnes.data();
+      }
+      with_vectors(p, [&](auto vectors) {
+        for (index_t r = 0; r < rows_;) {
+          const index_t first = r;
+          r += with_tile_rows(rows_ - first, [&](auto rows) {
+            const ProductTerm terms[3] = {
+                {state_removals() + first, stride_, state(member, p), kPanel, run_.shape.dim_k},
+                {m_.lower + first, stride_, w, kPanel, first},
+                {kLowRank ? m_.lower_v + first : nullptr, stride_, v, kPanel, first + rows.value}};
+            ProductBase from;
+            if constexpr (kDelta) from = {v + first * kPanel, kPanel, -1.f};
+            solve_tile<rows.value, vectors.value>(terms, kLowRank ? 3 : 2, from, m_.lower + first * stride_ + first, stride_,
+                                                  beta + (beta_stride == 0 ? first : first * kPanel), beta_stride,
+                                                  w + first * kPanel, kPanel);
+          });
+        }
+      });
+    }
+  }
+
+  void output(index_t out, index_t member, index_t p) const {
+    const index_t panel = place_.first_panel + p, columns = panel_columns(run_, panel);
+    const float* const v = m_.v + p * stride_ * kPanel;
+    const float* const w = m_.w + p * stride_ * kPanel;
+    with_vectors(p, [&](auto vectors) {
+      for (index_t r = 0; r < rows_;) {
+        const index_t first = r;
+        r += with_tile_rows(rows_ - first, [&](auto rows) {
+          const index_t reach = std::min(rows_, first + rows.value);
+          const ProductTerm terms[3] = {{state_queries() + first, stride_, state(member, p), kPanel, run_.shape.dim_k},
+                                        {m_.weights + first, stride_, kDelta ? w : v, kPanel, reach},
+                                        {kLowRank ? m_.weights_b + first : nullptr, stride_, w, kPanel, reach}};
+          product_tile<rows.value, vectors.value>(terms, !writes_ ? 1 : kLowRank ? 3 : 2, {}, m_.out + first * kPanel, kPanel);
+        });
+      }
+    });
+    for (index_t i = 0; i < at_.count; ++i) {
+      float* const row = m_.out + i * kPanel;
+      if constexpr (CloseOf::divides) {
+        for (index_t n = 0; n < kPanel; n += kLanes) store(row + n, load(row + n) * f32(m_.divisor[i]));
+      }
+      if constexpr (CloseOf::skips) spec_.close.skip(at_, panel * kPanel, columns, v + i * kPanel, row);
+      std::byte* const to = row_at(run_.out, at_.batch, out, at_.begin + i) +
+                            panel * kPanel * run_.out.stride[3] * row_bytes(run_.out.format, 1);
+      write_numbers(run_.out.format, row, columns, to, run_.out.stride[3]);
+    }
+  }
+
+  void advance(index_t member, index_t p) const {
+    if (!writes_) return;
+    float* const s = state(member, p);
+    const float* const v = m_.v + p * stride_ * kPanel;
+    const float* const w = m_.w + p * stride_ * kPanel;
+    with_vectors(p, [&](auto vectors) {
+      for (index_t r = 0; r < dim_;) {
+        const index_t first = r;
+        r += with_tile_rows(dim_ - first, [&](auto rows) {
+          const ProductTerm terms[2] = {{written_keys() + first, dim_, kDelta ? w : v, kPanel, at_.count},
+                                        {kLowRank ? m_.b_out + first : nullptr, dim_, w, kPanel, at_.count}};
+          product_tile<rows.value, vectors.value>(terms, kLowRank ? 2 : 1,
+                                                  {s + first * kPanel, kPanel, 1.f, kDecays ? m_.total + first : nullptr},
+                                                  s + first * kPanel, kPanel);
+        });
+      }
+    });
+  }
+
+  // ---- the sum of keys, a column of the state whose value is always 1
+
+  void prepare_divisors(index_t member) const {
+    const float* const z = key_sum(member);
+    for (index_t i = 0; i < rows_; i += kLanes) {
+      f32 sum(0.f);
+      for (index_t d = 0; d < run_.shape.dim_k; ++d) sum = fma(f32(z[d]), load(state_queries() + d * stride_ + i), sum);
+      for (index_t j = 0; writes_ && j < std::min(rows_, i + kLanes); ++j) sum = sum + load(m_.weights + j * stride_ + i);
+      store(m_.divisor + i, sum);
+    }
+    for (index_t i = 0; i < at_.count; ++i) m_.divisor[i] = 1.f / spec_.close.divisor(at_, i, m_.divisor[i]);
+  }
+
+  void advance_key_sum(index_t member) const {
+    if (!writes_) return;
+    float* const z = key_sum(member);
+    for (index_t d = 0; d < dim_; d += kLanes) {
+      f32 sum = load(z + d) * load(m_.total + d);
+      for (index_t j = 0; j < at_.count; ++j) sum = sum + load(written_keys() + j * dim_ + d);
+      store(z + d, sum);
+    }
+  }
+
+  const RecurrentRun& run_;
+  const Spec& spec_;
+  const ChunkMemory& m_;
+  const index_t stride_, dim_;   // of the chunk's transposed arrays, of rows
+  TaskPlace place_{};
+  ChunkPlace at_{};
+  index_t rows_ = 0;             // tokens of this chunk, padded to whole vectors
+  index_t loaded_q_ = -1;
+  bool writes_ = true, reads_ = true, factored_ = true;
+};
+
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a lane of the recurrent engine works in, and how states and rows get there and back.
+#pragma once
+#include <cstring>
+
+#include "../simd/numbers.hpp"
+#include "../simd/product.hpp"
+#include "chunk_policies.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+// Rows are [chunk, dim_k], transposed ones [dim_k, chunk], both padded to whole vectors; scores [writing, reading token].
+struct ChunkMemory {
+  float *q_rows, *k_rows, *a_rows, *b_rows, *k_out, *b_out, *scratch_rows;
+  float *q_t, *k_t, *a_t, *b_t, *q_state, *a_state;
+  float *qk, *kk, *weights, *lower, *weights_b, *lower_v, *decays;
+  float *alpha;      // [chunk], or [chunk, dim_k]
+  float *row_factor; // [chunk, dim_k]  key decay: products from the middle of the chunk
+  float *middle;     // [dim_k]         key decay: products from its start to its middle
+  float *prefix, *suffix, *gain, *divisor;   // [chunk]
+  float *total;      // [dim_k]  the decay of the whole chunk
+  float *beta;       // [chunk], or [panel, chunk, kPanel]
+  float *v, *w;      // [panel, chunk, kPanel]
+  float *out;        // [chunk, kPanel]
+  float *row;        // [widest input row]  before a feature map
+  float *state;      // [state, panel, dim_k, kPanel]
+  float *key_sum;    // [state, dim_k]
+};
+
+inline ChunkMemory carve_chunk(Bump& bump, const RecurrentRun& run, index_t chunk_rows, bool by_key, bool dplr) {
+  const index_t dim = padded_dim_k(run.shape), panels = run.plan.tile_panels;
+  const index_t rows = chunk_rows * dim, square = chunk_rows * chunk_rows, values = panels * chunk_rows * kPanel;
+  const auto floats = [&](index_t count) { return bump.take<float>(count); };
+  ChunkMemory m{};
+  for (float** at : {&m.q_rows, &m.k_rows, &m.k_out}) *at = floats(rows);
+  for (float** at : {&m.q_t, &m.k_t, &m.q_state, &m.a_state}) *at = floats(rows);
+  for (float** at : {&m.qk, &m.kk, &m.weights, &m.lower, &m.decays}) *at = floats(square);
+  if (by_key) {
+    for (float** at : {&m.a_t, &m.row_factor, &m.scratch_rows}) *at = floats(rows);
+  }
+  if (dplr) {
+    for (float** at : {&m.a_rows, &m.b_rows, &m.b_out, &m.b_t}) *at = floats(rows);
+    for (float** at : {&m.weights_b, &m.lower_v}) *at = floats(square);
+  }
+  m.alpha = floats(by_key ? rows : chunk_rows);
+  m.middle = floats(dim);
+  for (float** at : {&m.prefix, &m.suffix, &m.gain, &m.divisor}) *at = floats(chunk_rows);
+  m.total = floats(dim);
+  m.beta = floats(values);
+  m.v = floats(values);
+  m.w = floats(values);
+  m.out = floats(chunk_rows * kPanel);
+  m.row = floats(round_up(std::max({run.q.extent[3], run.k.extent[3], run.shape.dim_v}), kLanes));
+  m.state = floats(run.plan.group * panels * dim * kPanel);
+  m.key_sum = floats(run.plan.group * dim);
+  return m;
+}
+
+// Columns of a panel that exist.
+FOVEA_INLINE index_t panel_columns(const RecurrentRun& run, index_t panel) {
+  return std::min(kPanel, run.shape.dim_v - panel * kPanel);
+}
+
+// [dim_k, kPanel] of one panel, zeros beyond the dims.
+inline void load_state_panel(const StateColumns<const float>& from, index_t dim_k, index_t columns, index_t padded,
+                             float* to) {
+  if (columns < kPanel || padded > dim_k) std::fill_n(to, padded * kPanel, 0.f);
+  if (from.v_stride == 1) {
+    for (index_t d = 0; d < dim_k; ++d)
+      std::memcpy(to + d * kPanel, from.data + d * from.k_stride, static_cast<std::size_t>(columns) * sizeof(float));
+    return;
+  }
+  if (from.k_stride == 1) {
+    for (index_t n = 0; n < columns; n += kLanes) {
+      for (index_t d = 0; d < dim_k; d += kLanes) {
+        f32 cells[kLanes];
+        for (index_t r = 0; r < kLanes; ++r)
+          cells[r] = n + r < columns ? load_strided(from.data + (n + r) * from.v_stride + d, 1, dim_k - d) : f32(0.f);
+        transpose(cells);
+        for (index_t c = 0; c < kLanes && d + c < dim_k; ++c) store(to + (d + c) * kPanel + n, cells[c]);
+      }
+    }
+    return;
+  }
+  for (index_t d = 0; d < dim_k; ++d) {
+    for (index_t n = 0; n < columns; ++n) to[d * kPanel + n] = from.data[d * from.k_stride + n * from.v_stride];
+  }
+}
+
+inline void store_state_panel(const float* from, const StateColumns<float>& to, index_t dim_k, index_t columns) {
+  if (to.v_stride == 1) {
+    for (index_t d = 0; d < dim_k; ++d)
+      std::memcpy(to.data + d * to.k_stride, from + d * kPanel, static_cast<std::size_t>(columns) * sizeof(float));
+    return;
+  }
+  if (to.k_stride == 1) {
+    for (index_t n = 0; n < columns; n += kLanes) {
+      for (index_t d = 0; d < dim_k; d += kLanes) {
+        f32 cells[kLanes];
+        for (index_t r = 0; r < kLanes; ++r) cells[r] = d + r < dim_k ? load(from + (d + r) * kPanel + n) : f32(0.f);
+        transpose(cells);
+        for (index_t c = 0; c < kLanes && n + c < columns; ++c) {
+          float* const at = to.data + (n + c) * to.v_stride + d;
+          if (dim_k - d >= kLanes) {
+            store(at, cells[c]);
+          } else {
+            store_some(at, cells[c], dim_k - d);
+          }
+        }
+      }
+    }
+    return;
+  }
+  for (index_t d = 0; d < dim_k; ++d) {
+    for (index_t n = 0; n < columns; ++n) to.data[d * to.k_stride + n * to.v_stride] = from[d * kPanel + n];
+  }
+}
+
+// Token rows of one head, mapped where the mechanism has features, times `scale`; zeros in the padding.
+inline void load_rows(const Operand& x, const RowMap& map, index_t batch, index_t head, index_t begin, index_t count,
+                      index_t dim_k, index_t stride, index_t rows, float scale, float* row, float* to) {
+  for (index_t i = 0; i < count; ++i, to += stride) {
+    const std::byte* const from = row_at(x, batch, head, begin + i);
+    if (map.apply == nullptr) {
+      read_numbers(x.format, from, x.stride[3], dim_k, to);
+    } else {
+      read_numbers(x.format, from, x.stride[3], x.extent[3], row);
+      map.apply(map.map, head, begin + i, row, to);
+    }
+    std::fill(to + dim_k, to + stride, 0.f);
+    if (scale != 1.f) {
+      const f32 factor(scale);
+      for (index_t d = 0; d < stride; d += kLanes) store(to + d, load(to + d) * factor);
+    }
+  }
+  if (rows > count) std::fill_n(to, (rows - count) * stride, 0.f);
+}
+
+// Value rows of one head into panels.
+inline void load_values(const RecurrentRun& run, const TaskPlace& place, index_t head, index_t begin, index_t count,
+                        index_t chunk_rows, index_t rows, float* row, float* to) {
+  const Operand& v = run.v;
+  for (index_t i = 0; i < count; ++i) {
+    const std::byte* const from = row_at(v, place.tokens.batch, head, begin + i);
+    const index_t first = place.first_panel * kPanel, last = std::min(run.shape.dim_v, first + place.panels * kPanel);
+    read_numbers(v.format, from + first * v.stride[3] * row_bytes(v.format, 1), v.stride[3], last - first, row);
+    for (index_t p = 0; p < place.panels; ++p) {
+      float* const at = to + (p * chunk_rows + i) * kPanel;
+      const index_t columns = panel_columns(run, place.first_panel + p);
+      std::memcpy(at, row + p * kPanel, static_cast<std::size_t>(columns) * sizeof(float));
+      std::fill(at + columns, at + kPanel, 0.f);
+    }
+  }
+  for (index_t p = 0; p < place.panels; ++p)
+    std::fill_n(to + (p * chunk_rows + count) * kPanel, (rows - count) * kPanel, 0.f);
+}
+
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Factors of the state, as the mechanisms get them.
+#pragma once
+#include <cmath>
+
+#include "../../simd/math.hpp"
+#include "../chunk_policies.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+struct NoDecay {
+  static constexpr Decayed kind = Decayed::none;
+  FOVEA_INLINE void alpha(const ChunkPlace&, float*, index_t) const {}
+};
+
+// One number per state head: a factor (RetNet), or the slope s of a factor e^-s (Lightning).
+struct HeadDecay {
+  static constexpr Decayed kind = Decayed::head;
+  const float* numbers;   // [state_head]
+  DecayForm form;
+
+  FOVEA_INLINE void alpha(const ChunkPlace& place, float* to, index_t) const {
+    const float number = numbers[place.head], factor = form == DecayForm::log ? std::exp(-number) : number;
+    for (index_t i = 0; i < place.count; ++i) to[i] = factor;
+  }
+};
+
+// e^x for numbers in place.
+FOVEA_INLINE void exponentials(float* numbers, index_t count) {
+  index_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(numbers + i, exp2(load(numbers + i) * f32(kLog2e)));
+  if (i < count) store_some(numbers + i, exp2(load_some(numbers + i, count - i) * f32(kLog2e)), count - i);
+}
+
+// The gate of a call; Kind is token or key.
+template <Decayed Kind>
+struct GateDecay {
+  static constexpr Decayed kind = Kind;
+  View<const float, 4> gate;   // [batch | 1, state_head | 1, pos | 1, dim_k | 1], shared axes with stride 0
+  DecayForm form;
+  index_t dim_k;
+
+  FOVEA_INLINE void alpha(const ChunkPlace& place, float* to, index_t stride) const {
+    const float* from = gate.data + place.batch * gate.stride[0] + place.head * gate.stride[1] + place.begin * gate.stride[2];
+    if constexpr (Kind == Decayed::token) {
+      for (index_t i = 0; i < place.count; ++i) to[i] = from[i * gate.stride[2]];
+      if (form == DecayForm::log) exponentials(to, place.count);
+    } else {
+      for (index_t i = 0; i < place.count; ++i, from += gate.stride[2]) {
+        float* const row = to + i * stride;
+        index_t d = 0;
+        if (gate.stride[3] == 1) {
+          if (form == DecayForm::log) {
+            for (; d + kLanes <= dim_k; d += kLanes) store(row + d, exp2(load(from + d) * f32(kLog2e)));
+            if (d < dim_k) store_some(row + d, exp2(load_some(from + d, dim_k - d) * f32(kLog2e)), dim_k - d);
+            continue;
+          }
+          for (; d + kLanes <= dim_k; d += kLanes) store(row + d, load(from + d));
+        }
+        for (; d < dim_k; ++d) row[d] = from[d * gate.stride[3]];
+        if (gate.stride[3] != 1 && form == DecayForm::log) exponentials(row, dim_k);
+      }
+    }
+  }
+};
+
+// e^{dt A_h}: Mamba-2.
+struct StepSizeDecay {
+  static constexpr Decayed kind = Decayed::token;
+  View<const float, 4> dt;   // [batch | 1, state_head | 1, pos | 1, 1], shared axes with stride 0
+  const float* a;            // [state_head]
+
+  FOVEA_INLINE void alpha(const ChunkPlace& place, float* to, index_t) const {
+    const float* from = dt.data + place.batch * dt.stride[0] + place.head * dt.stride[1] + place.begin * dt.stride[2];
+    for (index_t i = 0; i < place.count; ++i) to[i] = from[i * dt.stride[2]] * a[place.head];
+    exponentials(to, place.count);
+  }
+};
+
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which form a recurrent call takes, and its tasks. Pure: shape, options and the table below.
+#pragma once
+#include <cstdio>
+
+#include "chunk_policies.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+// What decides, apart from the numbers of the call.
+struct RecurrentTraits {
+  Decayed decayed;
+  Written written;
+  bool shares_scores;   // raw scores do not depend on the state's factors
+};
+
+// From this many tokens per sequence on, chunks beat the fused walk (bench/mechanisms, rows recurrent/*/forms).
+inline constexpr index_t kChunkedFrom = 8;
+// Tokens for which the state is worked on where it lies; more of them pay for a copy in the order of the kernels.
+inline constexpr index_t kStepUpTo = 2;
+inline constexpr index_t kDefaultChunk = 32;
+
+inline bool can_step(const RecurrentRun& run) {
+  if (!run.final_state || run.read_last) return false;
+  const auto fits = [&](const auto& states) { return !states || states.stride[3] == 1 || states.extent[3] == 1; };
+  return fits(run.final_state);
+}
+
+inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentTraits& traits,
+                                    const RecurrentOptions<float>& options) {
+  const RecurrentShape& shape = run.shape;
+  RecurrentPlan plan;
+  index_t longest = 0;
+  for (index_t n = 0; n < shape.sequences; ++n) {
+    const SequenceRun tokens = sequence_run(shape, options.cu_len, n);
+    longest = std::max(longest, tokens.end - tokens.begin);
+  }
+  plan.form = options.form;
+  if (plan.form == RecurrentForm::automatic) {
+    plan.form = longest >= kChunkedFrom || run.read_last ? RecurrentForm::chunked
+                : longest <= kStepUpTo                   ? RecurrentForm::step
+                                                         : RecurrentForm::fused;
+  }
+  if (run.read_last) plan.form = RecurrentForm::chunked;
+  if (plan.form == RecurrentForm::step && !can_step(run)) plan.form = RecurrentForm::fused;
+  plan.chunk = options.chunk != 0 ? options.chunk : kDefaultChunk;
+  const bool chunked = plan.form == RecurrentForm::chunked;
+  if (chunked && traits.shares_scores && shape.q_heads == shape.k_heads && shape.out_heads == shape.state_heads) {
+    plan.group = shape.state_heads / shape.k_heads;
+  }
+  plan.groups = shape.state_heads / plan.group;
+  const index_t panels = value_panels(shape);
+  // Value tiles only where heads are too few to give each lane two tasks.
+  const index_t whole = shape.sequences * plan.groups, wanted = 2 * options.executor.lanes();
+  const index_t tiles = options.executor.lanes() == 1 || whole == 0 || whole >= wanted ? 1 : std::min(panels, (wanted + whole - 1) / whole);
+  plan.tile_panels = (panels + tiles - 1) / tiles;
+  plan.tiles = (panels + plan.tile_panels - 1) / plan.tile_panels;
+  plan.tasks = whole * plan.tiles;
+  return plan;
+}
+
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea

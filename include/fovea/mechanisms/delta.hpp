@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// DeltaNet (Schlag et al. 2021, arXiv 2102.11174; Yang et al. 2024, arXiv 2406.06484): the state is corrected towards v,
+//   S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}' k_t))',   o_t = scale S_t' q_t.
+#pragma once
+#include "../call/chunk_call.hpp"
+#include "../engine/parts/decays.hpp"
+#include "../engine/parts/readouts.hpp"
+#include "../engine/parts/updates.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+// q [batch, q_head, pos, dim_k], k [batch, k_head, pos, dim_k], v [batch, v_head, pos, dim_v], out [batch, out_head, pos,
+// dim_v] (core/recurrent.hpp: heads, states, ragged batches). Nothing is written before every check has passed; out must not
+// overlap anything.
+// beta [batch | 1, state_head | 1, pos | 1, 1 | dim_v]. Keys are normalised by the caller; scale is 1/sqrt(dim_k).
+inline Status delta_net(const Operand& q, const Operand& k, const Operand& v, const View<const float, 4>& beta,
+                        const Result& out, const RecurrentOptions<float>& options = {}) {
+  door::Memory memory;
+  if (Status s = door::check_recurrent(q, k, v, out, options, memory); !s.ok()) return s;
+  RecurrentRun run = door::bind_recurrent(q, k, v, out, options, door::inverse_root(k.extent[3]));
+  if (Status s = door::check_gate("beta", beta, run.shape, run.shape.state_heads, 1, run.shape.dim_v, memory); !s.ok()) return s;
+  if (Status s = memory.check_apart(); !s.ok()) return s;
+  const ChunkSpec<NoDecay, Delta, Inclusive, Plain> spec{{}, {tidy(beta)}, {}, {}};
+  return door::run_recurrent(run, spec, options);
+}
+
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea
