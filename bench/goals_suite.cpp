@@ -46,13 +46,15 @@ std::vector<std::string> choices_of(const std::string& name) {
   return {problem + "/fovea", problem + "/fovea_bf16"};
 }
 
-bool compares_two_rows(const std::string& kind) { return kind == "time_ratio" || kind == "extra_time"; }
+bool compares_two_rows(const std::string& kind) {
+  return kind == "time_ratio" || kind == "extra_time" || kind == "rate_ratio";
+}
 
 std::vector<Goal> read_goals(const std::string& file, const std::string& filter) {
   std::ifstream stream(file);
   if (!stream) stop(file, 0, "cannot be read");
-  const std::set<std::string> kinds{"of_peak",     "of_bf16_peak", "of_bandwidth", "microseconds",
-                                    "allocations", "time_ratio",   "extra_time"};
+  const std::set<std::string> kinds{"of_peak",   "of_bf16_peak", "of_bandwidth", "microseconds", "allocations",
+                                    "max_error", "time_ratio",   "extra_time",   "rate_ratio"};
   const std::regex wanted(filter);
   std::vector<Goal> goals;
   std::string line;
@@ -97,7 +99,9 @@ struct Measured {
 
 // NaN if the row was refused. Ratios are taken window by window, then the median: both rows had the same minute.
 double reached_by(const Goal& goal, const Result& row, const Result* other) {
-  if (goal.kind == "allocations") return row.refusal.empty() ? row.allocations : std::numeric_limits<double>::quiet_NaN();
+  if (!row.refusal.empty()) return std::numeric_limits<double>::quiet_NaN();
+  if (goal.kind == "allocations") return row.allocations;
+  if (goal.kind == "max_error") return row.max_error;
   std::vector<double> values;
   for (std::size_t at = 0; at < row.samples.size(); ++at) {
     const Sample& sample = row.samples[at];
@@ -109,6 +113,7 @@ double reached_by(const Goal& goal, const Result& row, const Result* other) {
     const double ratio = sample.seconds / other->samples[at].seconds;
     if (goal.kind == "time_ratio") values.push_back(ratio);
     if (goal.kind == "extra_time") values.push_back(ratio - 1);
+    if (goal.kind == "rate_ratio") values.push_back(row.flops / other->flops / ratio);
   }
   return median(values);
 }

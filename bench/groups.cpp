@@ -14,7 +14,9 @@ std::vector<Group> all_groups(int max_threads) {
       &softmax_groups, &softmax_stored_groups, &variant_groups, &block_mask_groups, &differential_groups, &elu_groups,
       &entmax_groups, &gated_groups, &head_mixtures_groups, &hydra_groups, &kv_bias_groups, &multi_token_groups,
       &off_by_one_groups, &registers_groups, &relative_bias_groups, &relu_groups, &shaw_groups, &sigmoid_groups,
-      &softpick_groups, &transformer_xl_groups};
+      &softpick_groups, &transformer_xl_groups,
+      &linear_groups, &retention_groups, &lightning_groups, &simple_gla_groups, &gla_groups, &mamba2_groups, &rwkv6_groups,
+      &rwkv7_groups, &mlstm_groups, &delta_groups, &gated_delta_groups, &kda_groups};
   std::vector<Group> groups;
   for (const auto table : kTables) {
     std::vector<Group> more = table(max_threads);

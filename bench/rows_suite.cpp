@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <memory>
 #include <regex>
+#include <utility>
 
 #include "support/allocations.hpp"
 #include "support/measure.hpp"
@@ -80,7 +81,12 @@ void register_group(Machine& machine, const std::shared_ptr<MeasuredGroup>& meas
 }  // namespace
 
 unsigned suite_of(const std::string& name) {
-  return name == "core" ? kCore : name == "decode" ? kDecode : name == "storage" ? kStorage : name == "variants" ? kVariants : 0;
+  constexpr std::pair<const char*, unsigned> kSuites[] = {
+      {"core", kCore}, {"decode", kDecode}, {"storage", kStorage}, {"variants", kVariants}, {"recurrent", kRecurrent}};
+  for (const auto& [known, flag] : kSuites) {
+    if (name == known) return flag;
+  }
+  return 0;
 }
 
 int run_rows(unsigned suite, const SuiteOptions& options) {

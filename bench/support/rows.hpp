@@ -36,10 +36,10 @@ class PreparedRow {
 enum class Memory { cached, streamed };
 
 // The suites a row belongs to, as a sum.
-inline constexpr unsigned kCore = 1, kDecode = 2, kStorage = 4, kVariants = 8;
+inline constexpr unsigned kCore = 1, kDecode = 2, kStorage = 4, kVariants = 8, kRecurrent = 16;
 
 struct Row {
-  std::string name;   // mechanism/regime/dtype/d/q/kv/heads/mask/threads/impl; unique among all suites
+  std::string name;   // the problem, then threads and implementation; unique among all suites
   unsigned suites = kCore;
   int threads = 1;
   double flops = 0, bytes = 0;   // of one call
@@ -78,6 +78,18 @@ std::vector<Group> shaw_groups(int max_threads);
 std::vector<Group> sigmoid_groups(int max_threads);
 std::vector<Group> softpick_groups(int max_threads);
 std::vector<Group> transformer_xl_groups(int max_threads);
+std::vector<Group> linear_groups(int max_threads);
+std::vector<Group> retention_groups(int max_threads);
+std::vector<Group> lightning_groups(int max_threads);
+std::vector<Group> simple_gla_groups(int max_threads);
+std::vector<Group> gla_groups(int max_threads);
+std::vector<Group> mamba2_groups(int max_threads);
+std::vector<Group> rwkv6_groups(int max_threads);
+std::vector<Group> rwkv7_groups(int max_threads);
+std::vector<Group> mlstm_groups(int max_threads);
+std::vector<Group> delta_groups(int max_threads);
+std::vector<Group> gated_delta_groups(int max_threads);
+std::vector<Group> kda_groups(int max_threads);
 
 // All of them. Stops the program where two rows have the same name.
 std::vector<Group> all_groups(int max_threads);

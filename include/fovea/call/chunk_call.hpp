@@ -38,11 +38,6 @@ RowMap row_map(const Map& map) {
           }};
 }
 
-template <class Spec>
-constexpr RecurrentTraits traits_of() {
-  return {Spec::DecayOf::kind, Spec::UpdateOf::kind, Spec::DecayOf::kind != Decayed::key};
-}
-
 template <class Task, class Spec>
 Status run_tasks(const RecurrentRun& run, const Spec& spec, const RecurrentOptions<float>& options) {
   const int lanes = static_cast<int>(std::min<index_t>(options.executor.lanes(), std::max<index_t>(run.plan.tasks, 1)));
@@ -69,7 +64,7 @@ Status run_tasks(const RecurrentRun& run, const Spec& spec, const RecurrentOptio
 template <class Spec>
 Status run_recurrent(RecurrentRun& run, const Spec& spec, const RecurrentOptions<float>& options) {
   static_assert(check_chunk_spec<Spec>());
-  run.plan = plan_recurrent(run, traits_of<Spec>(), options);
+  run.plan = plan_recurrent(run, options);
   if (run.plan.form == RecurrentForm::chunked) return run_tasks<ChunkTask<Spec>>(run, spec, options);
   return run_tasks<StepTask<Spec>>(run, spec, options);
 }
@@ -77,7 +72,7 @@ Status run_recurrent(RecurrentRun& run, const Spec& spec, const RecurrentOptions
 // Bytes for options.workspace, whatever the form.
 template <class Spec>
 std::size_t recurrent_workspace_bytes(RecurrentRun run, const RecurrentOptions<float>& options) {
-  run.plan = plan_recurrent(run, traits_of<Spec>(), options);
+  run.plan = plan_recurrent(run, options);
   Bump count;
   if (run.plan.form == RecurrentForm::chunked) {
     ChunkTask<Spec>::carve(count, run);

@@ -39,6 +39,7 @@ class ChunkTask {
 
   void operator()(index_t task) {
     place_ = task_place(run_, task);
+    group_ = group_size(run_, place_.group);
     load_states();
     if (run_.read_last) {
       walk(true, false);
@@ -65,7 +66,7 @@ class ChunkTask {
 
   void load_states() {
     const RecurrentShape& shape = run_.shape;
-    for (index_t member = 0; member < run_.plan.group; ++member) {
+    for (index_t member = 0; member < group_; ++member) {
       const index_t head = state_head(run_, place_.group, member);
       for (index_t p = 0; p < place_.panels; ++p) {
         const index_t panel = place_.first_panel + p;
@@ -86,7 +87,7 @@ class ChunkTask {
 
   void store_states() {
     const RecurrentShape& shape = run_.shape;
-    for (index_t member = 0; member < run_.plan.group; ++member) {
+    for (index_t member = 0; member < group_; ++member) {
       const index_t head = state_head(run_, place_.group, member);
       for (index_t p = 0; run_.final_state && p < place_.panels; ++p) {
         const index_t panel = place_.first_panel + p;
@@ -105,13 +106,14 @@ class ChunkTask {
   void chunk(index_t begin, index_t count) {
     const RecurrentShape& shape = run_.shape;
     rows_ = round_up(count, std::max<index_t>(kLanes, 4));
-    loaded_q_ = -1;
-    for (index_t member = 0; member < run_.plan.group; ++member) {
+    loaded_q_ = loaded_k_ = -1;
+    for (index_t member = 0; member < group_; ++member) {
       const index_t head = state_head(run_, place_.group, member);
       at_ = {place_.sequence, place_.tokens.batch, head, begin, count};
-      if (member == 0) load_keys(shared_head(head, shape.state_heads, shape.k_heads, run_.head_map));
+      load_keys(shared_head(head, shape.state_heads, shape.k_heads, run_.head_map));
       load_values(run_, place_, shared_head(head, shape.state_heads, shape.v_heads, run_.head_map), begin, count, stride_, rows_,
                   m_.row, m_.v);
+      plan_ahead(member);
       prepare_gates();
       prepare_keys();
       const index_t readers = reads_ ? shape.out_heads / shape.state_heads : 0;
@@ -130,6 +132,39 @@ class ChunkTask {
       }
       if constexpr (CloseOf::divides) advance_key_sum(member);
     }
+  }
+
+  // The rows of the next state of the group, or of the next chunk; and where this one's output goes.
+  void plan_ahead(index_t member) {
+    const RecurrentShape& shape = run_.shape;
+    const auto head_of = [&](index_t of, index_t heads) { return shared_head(of, shape.state_heads, heads, run_.head_map); };
+    const index_t first = place_.first_panel * kPanel;
+    const index_t columns = std::min(shape.dim_v - first, place_.panels * kPanel);
+    const index_t next = at_.begin + run_.plan.chunk, rows = std::min(run_.plan.chunk, place_.tokens.end - next);
+    ahead_.clear();
+    if (reads_) ahead_.add(run_.out, at_.batch, out_head(run_, at_.head, 0), at_.begin, at_.count, first, columns);
+    const bool same_chunk = member + 1 < group_;
+    const index_t begin = same_chunk ? at_.begin : next, count = same_chunk ? at_.count : rows;
+    if (count > 0) {
+      const index_t head = state_head(run_, place_.group, same_chunk ? member + 1 : 0);
+      const index_t k_head = head_of(head, shape.k_heads);
+      const index_t q_head = shared_head(out_head(run_, head, 0), shape.out_heads, shape.q_heads, run_.head_map);
+      ahead_.add(run_.v, at_.batch, head_of(head, shape.v_heads), begin, count, first, columns);
+      if (!same_chunk || k_head != loaded_k_) {
+        ahead_.add(run_.k, at_.batch, k_head, begin, count, 0, run_.k.extent[3]);
+        if (reads_) ahead_.add(run_.q, at_.batch, q_head, begin, count, 0, run_.q.extent[3]);
+      }
+      if constexpr (requires { spec_.decay.add_ahead(ahead_, at_, head, begin, count); })
+        spec_.decay.add_ahead(ahead_, at_, head, begin, count);
+    }
+    const index_t reads = rows_ * (shape.dim_k + rows_ / 2), work = place_.panels * ((kSolves ? 2 : 1) * reads + dim_ * rows_);
+    work_per_row_ = std::max<index_t>(work / std::max<index_t>(ahead_.rows(), 1), 1);
+    work_ = 0;
+  }
+
+  // Evenly by the multiplications done: 16 lines can be on their way at a time, more of them in a burst would wait.
+  FOVEA_INLINE void worked(index_t rows, index_t depth) {
+    for (work_ += rows * depth; work_ >= work_per_row_; work_ -= work_per_row_) ahead_.ask();
   }
 
   // to[j, i] = sum_d left[d, j] right[d, i] for the vectors of i that reach the diagonal.
@@ -172,6 +207,9 @@ class ChunkTask {
   }
 
   void load_keys(index_t head) {
+    if (loaded_k_ == head) return;
+    loaded_k_ = head;
+    loaded_q_ = -1;   // raw scores are of both
     load_rows(run_.k, run_.k_map, at_.batch, head, at_.begin, at_.count, run_.shape.dim_k, dim_, rows_, 1.f, m_.row, m_.k_rows);
     if constexpr (!kByKey) {
       transpose_rows(m_.k_rows, dim_, rows_, dim_, m_.k_t, stride_);
@@ -484,7 +522,7 @@ class ChunkTask {
     }
   }
 
-  void transform(index_t member, index_t p) const {
+  void transform(index_t member, index_t p) {
     if constexpr (!kSolves) return;
     if constexpr (kSolves) {
       const float* const v = m_.v + p * stride_ * kPanel;
@@ -517,13 +555,14 @@ class ChunkTask {
             solve_tile<rows.value, vectors.value>(terms, kLowRank ? 3 : 2, from, m_.lower + first * stride_ + first, stride_,
                                                   beta + (beta_stride == 0 ? first : first * kPanel), beta_stride,
                                                   w + first * kPanel, kPanel);
+            worked(rows.value, run_.shape.dim_k + first);
           });
         }
       });
     }
   }
 
-  void output(index_t out, index_t member, index_t p) const {
+  void output(index_t out, index_t member, index_t p) {
     const index_t panel = place_.first_panel + p, columns = panel_columns(run_, panel);
     const float* const v = m_.v + p * stride_ * kPanel;
     const float* const w = m_.w + p * stride_ * kPanel;
@@ -536,6 +575,7 @@ class ChunkTask {
                                         {m_.weights + first, stride_, kDelta ? w : v, kPanel, reach},
                                         {kLowRank ? m_.weights_b + first : nullptr, stride_, w, kPanel, reach}};
           product_tile<rows.value, vectors.value>(terms, !writes_ ? 1 : kLowRank ? 3 : 2, {}, m_.out + first * kPanel, kPanel);
+          worked(rows.value, run_.shape.dim_k + reach);
         });
       }
     });
@@ -547,11 +587,11 @@ class ChunkTask {
       if constexpr (CloseOf::skips) spec_.close.skip(at_, panel * kPanel, columns, v + i * kPanel, row);
       std::byte* const to = row_at(run_.out, at_.batch, out, at_.begin + i) +
                             panel * kPanel * run_.out.stride[3] * row_bytes(run_.out.format, 1);
-      write_numbers(run_.out.format, row, columns, to, run_.out.stride[3]);
+      store_values(run_.out, row, columns, to);
     }
   }
 
-  void advance(index_t member, index_t p) const {
+  void advance(index_t member, index_t p) {
     if (!writes_) return;
     float* const s = state(member, p);
     const float* const v = m_.v + p * stride_ * kPanel;
@@ -565,6 +605,7 @@ class ChunkTask {
           product_tile<rows.value, vectors.value>(terms, kLowRank ? 2 : 1,
                                                   {s + first * kPanel, kPanel, 1.f, kDecays ? m_.total + first : nullptr},
                                                   s + first * kPanel, kPanel);
+          worked(rows.value, at_.count);
         });
       }
     });
@@ -600,7 +641,9 @@ class ChunkTask {
   TaskPlace place_{};
   ChunkPlace at_{};
   index_t rows_ = 0;             // tokens of this chunk, padded to whole vectors
-  index_t loaded_q_ = -1;
+  index_t group_ = 1, loaded_q_ = -1, loaded_k_ = -1;
+  index_t work_ = 0, work_per_row_ = 1;
+  RowsAhead ahead_;
   bool writes_ = true, reads_ = true, factored_ = true;
 };
 

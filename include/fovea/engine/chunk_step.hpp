@@ -359,7 +359,7 @@ class StepTask {
     if constexpr (CloseOf::skips) spec_.close.skip(at_, first_, columns_, m_.v, m_.out);
     std::byte* const to =
         row_at(run_.out, at_.batch, out, t) + first_ * run_.out.stride[3] * row_bytes(run_.out.format, 1);
-    write_numbers(run_.out.format, m_.out, columns_, to, run_.out.stride[3]);
+    store_values(run_.out, m_.out, columns_, to);
   }
 
   const RecurrentRun& run_;

@@ -9,18 +9,13 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-// What decides, apart from the numbers of the call.
-struct RecurrentTraits {
-  Decayed decayed;
-  Written written;
-  bool shares_scores;   // raw scores do not depend on the state's factors
-};
-
 // From this many tokens per sequence on, chunks beat the fused walk (bench/mechanisms, rows recurrent/*/forms).
 inline constexpr index_t kChunkedFrom = 8;
 // Tokens for which the state is worked on where it lies; more of them pay for a copy in the order of the kernels.
 inline constexpr index_t kStepUpTo = 2;
 inline constexpr index_t kDefaultChunk = 32;
+// States that a task keeps in L2, next to its rows.
+inline constexpr index_t kGroupStateBytes = 512 * 1024;
 
 inline bool can_step(const RecurrentRun& run) {
   if (!run.final_state || run.read_last) return false;
@@ -28,8 +23,7 @@ inline bool can_step(const RecurrentRun& run) {
   return fits(run.final_state);
 }
 
-inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentTraits& traits,
-                                    const RecurrentOptions<float>& options) {
+inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOptions<float>& options) {
   const RecurrentShape& shape = run.shape;
   RecurrentPlan plan;
   index_t longest = 0;
@@ -46,14 +40,22 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentTrai
   if (run.read_last) plan.form = RecurrentForm::chunked;
   if (plan.form == RecurrentForm::step && !can_step(run)) plan.form = RecurrentForm::fused;
   plan.chunk = options.chunk != 0 ? options.chunk : kDefaultChunk;
-  const bool chunked = plan.form == RecurrentForm::chunked;
-  if (chunked && traits.shares_scores && shape.q_heads == shape.k_heads && shape.out_heads == shape.state_heads) {
-    plan.group = shape.state_heads / shape.k_heads;
-  }
-  plan.groups = shape.state_heads / plan.group;
   const index_t panels = value_panels(shape);
+  const index_t wanted = 2 * options.executor.lanes();
+  if (plan.form == RecurrentForm::chunked) {
+    // One page of a token-major tensor then serves all rows of a group, and heads that share keys share their scores.
+    const index_t state = padded_dim_k(shape) * panels * kPanel * static_cast<index_t>(sizeof(float));
+    plan.group = std::clamp<index_t>(kGroupStateBytes / state, 1, shape.state_heads);
+    if (options.executor.lanes() > 1) {
+      const index_t fair = shape.sequences * shape.state_heads / wanted;
+      plan.group = std::clamp<index_t>(fair, 1, plan.group);
+    }
+    const index_t sharing = shape.state_heads / shape.k_heads;
+    if (plan.group > sharing) plan.group = plan.group / sharing * sharing;
+  }
+  plan.groups = (shape.state_heads + plan.group - 1) / plan.group;
   // Value tiles only where heads are too few to give each lane two tasks.
-  const index_t whole = shape.sequences * plan.groups, wanted = 2 * options.executor.lanes();
+  const index_t whole = shape.sequences * plan.groups;
   const index_t tiles = options.executor.lanes() == 1 || whole == 0 || whole >= wanted ? 1 : std::min(panels, (wanted + whole - 1) / whole);
   plan.tile_panels = (panels + tiles - 1) / tiles;
   plan.tiles = (panels + plan.tile_panels - 1) / plan.tile_panels;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One recurrent call, bound: shapes, operands, states, and who works on what. Tasks are columns of states: a sequence, the
-// states that share a key and a query head, and a run of value panels; columns never meet, so tasks never talk.
+// One recurrent call, bound: shapes, operands, states, and who works on what. Tasks are columns of states: a sequence, a
+// group of states, and a run of value panels; columns never meet, so tasks never talk.
 #pragma once
 #include <algorithm>
 
@@ -37,7 +37,7 @@ struct RowMap {
 struct RecurrentPlan {
   RecurrentForm form = RecurrentForm::chunked;   // never automatic
   index_t chunk = 32;
-  index_t group = 1;           // states of a task: they share q and k, so raw scores are computed once
+  index_t group = 1;           // states of a task, one after the other in every chunk: rows of a token lie side by side
   index_t tile_panels = 1;     // value panels of a task
   index_t tiles = 1, groups = 1, tasks = 1;
 };
@@ -78,10 +78,17 @@ inline TaskPlace task_place(const RecurrentRun& run, index_t task) {
           sequence_run(run.shape, run.cu_len, sequence)};
 }
 
-// State `member` of a task's group.
+// How many states a task has.
+inline index_t group_size(const RecurrentRun& run, index_t group) {
+  return std::min(run.plan.group, run.shape.state_heads - group * run.plan.group);
+}
+
+// State `member` of a task's group. Those that share a key head follow each other.
 inline index_t state_head(const RecurrentRun& run, index_t group, index_t member) {
-  if (run.plan.group == 1) return group;
-  return run.head_map == HeadMap::tiled ? group + member * run.plan.groups : group * run.plan.group + member;
+  const index_t at = group * run.plan.group + member;
+  if (run.head_map == HeadMap::blocks) return at;
+  const index_t sharing = run.shape.state_heads / run.shape.k_heads;
+  return at % sharing * run.shape.k_heads + at / sharing;
 }
 
 // Output `reader` of a state: there are out_heads / state_heads.

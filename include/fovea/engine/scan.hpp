@@ -20,46 +20,42 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-inline constexpr index_t kScanChannels = 64;   // of a tile: four cache lines of a row of floats
-// Tokens of a block: with a tile's rows of two inputs and an output, and those of the next block on their way, 24 KiB of the
-// first cache. The states are loaded and stored once per block, 1 % of Mamba-1's instructions.
-inline constexpr index_t kScanTokens = 16;
+inline constexpr index_t kScanChannels = 128;   // of a tile: 512 bytes of a row of floats
+inline constexpr index_t kScanTokens = 32;      // of a block
 
-// What a policy walks over: one vector of channels of one block.
+// What a policy walks over: one vector of channels of one block. Rows of a tensor are often a power of two apart, which in
+// the first cache is the same few places for all of them, and farther than a hardware prefetcher looks. So the rows of a block
+// are copied, each vector's next to each other (a vector's block is 6 KiB of inputs and output), and those of the next block
+// are asked for meanwhile.
 template <std::size_t Channel, std::size_t Shared>
 struct ScanBlock {
   index_t tokens;
   std::array<const float*, Channel> channel;   // [pos, lane]
-  std::array<index_t, Channel> channel_stride;
-  std::array<const float*, Shared> shared;   // [pos, number]  the same for all channels
+  std::array<const float*, Shared> shared;     // [pos, number]  the same for all channels
   std::array<index_t, Shared> shared_stride;
-  float* out;   // [pos, lane]
-  index_t out_stride;
-  float* state;             // [row, lane], rows kScanChannels apart
-  const float* constants;   // the same
+  float* out;                                  // [pos, lane]
+  float* state;                                // [row, lane]
+  const float* constants;                      // [row, lane]
+  std::array<const std::byte*, Channel + 1> next;   // the caller's memory, one block on: inputs and output
+  std::array<index_t, Channel + 1> next_stride;     // bytes
 
-  FOVEA_INLINE f32 input(std::size_t n, index_t t) const { return load(channel[n] + t * channel_stride[n]); }
+  FOVEA_INLINE f32 input(std::size_t n, index_t t) const { return load(channel[n] + t * kLanes); }
   FOVEA_INLINE const float* numbers(std::size_t n, index_t t) const { return shared[n] + t * shared_stride[n]; }
-  FOVEA_INLINE float* output(index_t t) const { return out + t * out_stride; }
-  // Rows of a tensor are often farther apart than a hardware prefetcher looks: the same row of the next block.
+  FOVEA_INLINE float* output(index_t t) const { return out + t * kLanes; }
   FOVEA_INLINE void prefetch_next(index_t t) const {
-    for (std::size_t n = 0; n < Channel; ++n) ahead(channel[n], channel_stride[n], t);
-    ahead(out, out_stride, t);
-  }
-
- private:
-  FOVEA_INLINE static void ahead(const float* rows, index_t stride, index_t t) {
-    prefetch(reinterpret_cast<const std::byte*>(rows), (t + kScanTokens) * stride * static_cast<index_t>(sizeof(float)));
+    FOVEA_UNROLL
+    for (std::size_t n = 0; n <= Channel; ++n) prefetch(next[n], t * next_stride[n]);
   }
 };
 
-// Where a tile is.
+// Where a vector of channels is.
 struct ScanPlace {
-  index_t sequence, head, first, count;   // channels [first, first + count)
+  index_t sequence, head, first, count;   // channels [first, first + count), count <= kLanes
 };
 
 // kChannelInputs tensors have a number per channel, kSharedInputs a row that all channels see. constants(): decays and the
-// like, once per task; padded lanes are zeros in both. load_state and save_state: to and from the caller's memory.
+// like, once per task. Lanes from place.count on are zeros, and may
+// become anything. load_state and save_state: to and from the caller's memory.
 template <class P>
 concept ScanPolicy = requires(const P& p, const ScanPlace& place, float* rows,
                               const ScanBlock<P::kChannelInputs, P::kSharedInputs>& block) {
@@ -71,52 +67,49 @@ concept ScanPolicy = requires(const P& p, const ScanPlace& place, float* rows,
   p.walk(block);
 };
 
-// Cells that lie k_stride and v_stride apart <-> rows of a tile. Either stride being 1 is fast.
-inline void read_columns(const StateColumns<const float>& from, index_t rows, index_t count, float* to, index_t to_stride) {
-  if (from.v_stride != 1 && from.k_stride == 1) {
-    for (index_t c = 0; c < count; c += kLanes) {
-      for (index_t r = 0; r < rows; r += kLanes) {
-        f32 block[kLanes];
-        const index_t here = std::min(kLanes, rows - r);
-        for (index_t lane = 0; lane < kLanes; ++lane)
-          block[lane] = c + lane < count ? load_strided(from.data + (c + lane) * from.v_stride + r, 1, here) : f32(0.f);
-        transpose(block);
-        for (index_t row = 0; row < here; ++row) store(to + (r + row) * to_stride + c, block[row]);
-      }
-    }
+// States or constants of a vector of channels, cells k_stride and v_stride apart <-> [row, lane]. Either stride being 1 is
+// fast.
+inline void read_columns(const StateColumns<const float>& from, index_t rows, index_t count, float* to,
+                         index_t to_stride = kLanes) {
+  if (from.v_stride == 1 || from.k_stride != 1) {
+    for (index_t r = 0; r < rows; ++r)
+      store(to + r * to_stride, load_strided(from.data + r * from.k_stride, from.v_stride, count));
     return;
   }
-  for (index_t r = 0; r < rows; ++r) {
-    for (index_t c = 0; c < count; c += kLanes)
-      store(to + r * to_stride + c,
-            load_strided(from.data + r * from.k_stride + c * from.v_stride, from.v_stride, count - c));
+  for (index_t r = 0; r < rows; r += kLanes) {
+    f32 block[kLanes];
+    for (index_t lane = 0; lane < kLanes; ++lane)
+      block[lane] = lane < count ? load_strided(from.data + lane * from.v_stride + r, 1, rows - r) : f32(0.f);
+    transpose(block);
+    for (index_t row = 0; row < std::min(kLanes, rows - r); ++row) store(to + (r + row) * to_stride, block[row]);
   }
 }
-inline void write_columns(const float* from, index_t from_stride, index_t rows, index_t count,
-                          const StateColumns<float>& to) {
-  if (to.v_stride != 1 && to.k_stride == 1) {
-    for (index_t c = 0; c < count; c += kLanes) {
-      for (index_t r = 0; r < rows; r += kLanes) {
-        f32 block[kLanes];
-        const index_t here = std::min(kLanes, rows - r), channels = std::min(kLanes, count - c);
-        for (index_t row = 0; row < kLanes; ++row)
-          block[row] = row < here ? load(from + (r + row) * from_stride + c) : f32(0.f);
-        transpose(block);
-        for (index_t lane = 0; lane < channels; ++lane) {
-          float* const cells = to.data + (c + lane) * to.v_stride + r;
-          if (here == kLanes) {
-            store(cells, block[lane]);
-          } else {
-            store_some(cells, block[lane], here);
-          }
-        }
-      }
+inline void write_columns(const float* from, index_t rows, index_t count, const StateColumns<float>& to,
+                          index_t from_stride = kLanes) {
+  const auto put = [](float* at, f32 numbers, index_t here) {
+    if (here >= kLanes) {
+      store(at, numbers);
+    } else {
+      store_some(at, numbers, here);
+    }
+  };
+  if (to.v_stride == 1) {
+    for (index_t r = 0; r < rows; ++r) put(to.data + r * to.k_stride, load(from + r * from_stride), count);
+    return;
+  }
+  if (to.k_stride != 1) {
+    for (index_t r = 0; r < rows; ++r) {
+      for (index_t lane = 0; lane < count; ++lane)
+        to.data[r * to.k_stride + lane * to.v_stride] = from[r * from_stride + lane];
     }
     return;
   }
-  for (index_t r = 0; r < rows; ++r)
-    write_numbers(Format::f32, from + r * from_stride, count, reinterpret_cast<std::byte*>(to.data + r * to.k_stride),
-                  to.v_stride);
+  for (index_t r = 0; r < rows; r += kLanes) {
+    f32 block[kLanes];
+    for (index_t row = 0; row < kLanes; ++row) block[row] = r + row < rows ? load(from + (r + row) * from_stride) : f32(0.f);
+    transpose(block);
+    for (index_t lane = 0; lane < count; ++lane) put(to.data + lane * to.v_stride + r, block[lane], rows - r);
+  }
 }
 
 template <ScanPolicy Policy>
@@ -131,11 +124,12 @@ struct Scan {
   std::array<Operand, kShared> shared;   // the last one belongs to the outputs' heads, the others to the states'
   Result out;
 
+  // A tile's memory, all of it vector by vector.
   struct Memory {
     float *state, *constants;
     std::array<float*, kChannel> channel;
     std::array<float*, kShared> shared;
-    float* out;
+    float *out, *row, *out_row;
   };
   Memory carve(Bump& bump) const {
     Memory memory{};
@@ -144,6 +138,8 @@ struct Scan {
     for (float*& rows : memory.channel) rows = bump.take<float>(kScanTokens * kScanChannels);
     for (std::size_t n = 0; n < kShared; ++n) memory.shared[n] = bump.take<float>(kScanTokens * shared[n].extent[3]);
     memory.out = bump.take<float>(kScanTokens * kScanChannels);
+    memory.row = bump.take<float>(kScanChannels);
+    memory.out_row = bump.take<float>(kScanChannels);
     return memory;
   }
 
@@ -152,26 +148,33 @@ struct Scan {
 
   void run(index_t task, const Memory& memory) const {
     const index_t first = task % tiles() * kScanChannels;
-    const ScanPlace place{task / tiles() / shape.state_heads, task / tiles() % shape.state_heads, first,
-                          std::min(kScanChannels, shape.dim_v - first)};
+    const Tile tile{task / tiles() / shape.state_heads, task / tiles() % shape.state_heads, first,
+                    std::min(kScanChannels, shape.dim_v - first)};
     std::fill_n(memory.constants, policy.constant_rows() * kScanChannels, 0.f);
-    policy.constants(place, memory.constants);
-    if (place.count % kLanes != 0) {
-      for (float* const rows : memory.channel) std::fill_n(rows, kScanTokens * kScanChannels, 0.f);
-    }
+    std::fill_n(memory.row, kScanChannels, 0.f);
+    const auto each_vector = [&](const auto& f) {
+      for (index_t c = 0; c < tile.count; c += kLanes)
+        f(ScanPlace{tile.sequence, tile.head, first + c, std::min(kLanes, tile.count - c)}, c);
+    };
+    each_vector([&](const ScanPlace& place, index_t c) {
+      policy.constants(place, memory.constants + c * policy.constant_rows());
+    });
     // Outputs that share a state and differ in what reads it are walked one after the other; only the last hands the state
     // on, which may lie where the first one was.
     const index_t readers = shape.out_heads / shape.state_heads;
     for (index_t reader = 0; reader < readers; ++reader) {
       std::fill_n(memory.state, policy.state_rows() * kScanChannels, 0.f);
-      policy.load_state(place, memory.state);
-      walk(place, head_map == HeadMap::tiled ? place.head + reader * shape.state_heads : place.head * readers + reader,
-           memory);
+      each_vector(
+          [&](const ScanPlace& place, index_t c) { policy.load_state(place, memory.state + c * policy.state_rows()); });
+      walk(tile, head_map == HeadMap::tiled ? tile.head + reader * shape.state_heads : tile.head * readers + reader, memory);
     }
-    policy.save_state(place, memory.state);
+    each_vector([&](const ScanPlace& place, index_t c) { policy.save_state(place, memory.state + c * policy.state_rows()); });
   }
 
  private:
+  struct Tile {
+    index_t sequence, head, first, count;
+  };
   // Rows of one tensor from the first token of a sequence on.
   template <class Byte>
   struct Rows {
@@ -181,7 +184,6 @@ struct Scan {
 
     index_t bytes() const { return row_bytes(format, 1); }
     Byte* at(index_t t) const { return data + t * pos_stride * bytes(); }
-    bool are_floats() const { return format == Format::f32 && (stride == 1 || count == 1); }
   };
   template <class Byte, class Tensor>
   Rows<Byte> rows_of(const Tensor& x, index_t batch, index_t head, index_t begin, index_t first, index_t count) const {
@@ -190,69 +192,75 @@ struct Scan {
     return {x.data + offset * row_bytes(x.format, 1), x.format, x.stride[2], x.stride[3], count};
   }
 
-  // The rows as floats: where they lie, or copied.
-  struct Floats {
-    const float* data;
-    index_t stride;
-  };
-  static Floats read(const Rows<const std::byte>& rows, bool in_place, index_t t, index_t tokens, float* copy,
-                     index_t copy_stride) {
-    if (in_place) return {reinterpret_cast<const float*>(rows.at(t)), rows.pos_stride};
+  static bool are_floats(const auto& rows) { return rows.format == Format::f32 && (rows.stride == 1 || rows.count == 1); }
+  // Rows of a tile -> [vector, pos, lane], zeros behind the last channel as in `row`; and back.
+  static void read(const Rows<const std::byte>& rows, index_t t, index_t tokens, float* row, float* to) {
     for (index_t i = 0; i < tokens; ++i) {
-      const std::byte* const row = rows.at(t + i);
-      for (index_t byte = 0; rows.stride == 1 && byte < rows.count * rows.bytes(); byte += 64)
-        prefetch(row, kScanTokens * rows.pos_stride * rows.bytes() + byte);
-      read_numbers(rows.format, row, rows.stride, rows.count, copy + i * copy_stride);
+      const float* from = row;
+      if (are_floats(rows) && rows.count % kLanes == 0) {
+        from = reinterpret_cast<const float*>(rows.at(t + i));
+      } else {
+        read_numbers(rows.format, rows.at(t + i), rows.stride, rows.count, row);
+      }
+      for (index_t c = 0; c < rows.count; c += kLanes) store(to + c * kScanTokens + i * kLanes, load(from + c));
     }
-    return {copy, copy_stride};
+  }
+  static void write(const float* from, index_t t, index_t tokens, float* row, const Rows<std::byte>& rows) {
+    const bool in_place = are_floats(rows) && rows.count % kLanes == 0;
+    for (index_t i = 0; i < tokens; ++i) {
+      float* const to = in_place ? reinterpret_cast<float*>(rows.at(t + i)) : row;
+      for (index_t c = 0; c < rows.count; c += kLanes) store(to + c, load(from + c * kScanTokens + i * kLanes));
+      if (!in_place) write_numbers(rows.format, row, rows.count, rows.at(t + i), rows.stride);
+    }
   }
 
-  void walk(const ScanPlace& place, index_t out_head, const Memory& memory) const {
-    const SequenceRun tokens = sequence_run(shape, cu_len, place.sequence);
+  void walk(const Tile& tile, index_t out_head, const Memory& memory) const {
+    const SequenceRun tokens = sequence_run(shape, cu_len, tile.sequence);
     std::array<Rows<const std::byte>, kChannel> channel_rows;
     std::array<Rows<const std::byte>, kShared> shared_rows;
     for (std::size_t n = 0; n < kChannel; ++n) {
-      const index_t head = shared_head(place.head, shape.state_heads, channel[n].extent[1], head_map);
-      channel_rows[n] = rows_of<const std::byte>(channel[n], tokens.batch, head, tokens.begin, place.first, place.count);
+      const index_t head = shared_head(tile.head, shape.state_heads, channel[n].extent[1], head_map);
+      channel_rows[n] = rows_of<const std::byte>(channel[n], tokens.batch, head, tokens.begin, tile.first, tile.count);
     }
     for (std::size_t n = 0; n < kShared; ++n) {
       const index_t heads = shared[n].extent[1];
       const index_t head = n + 1 == kShared ? shared_head(out_head, shape.out_heads, heads, head_map)
-                                            : shared_head(place.head, shape.state_heads, heads, head_map);
+                                            : shared_head(tile.head, shape.state_heads, heads, head_map);
       shared_rows[n] = rows_of<const std::byte>(shared[n], tokens.batch, head, tokens.begin, 0, shared[n].extent[3]);
     }
     const Rows<std::byte> out_rows =
-        rows_of<std::byte>(out, tokens.batch, out_head, tokens.begin, place.first, place.count);
+        rows_of<std::byte>(out, tokens.batch, out_head, tokens.begin, tile.first, tile.count);
 
-    const bool whole = place.count % kLanes == 0;
-    const bool out_in_place = whole && out_rows.are_floats();
+    ScanBlock<kChannel, kShared> block;
+    for (std::size_t n = 0; n < kShared; ++n) {
+      block.shared[n] = memory.shared[n];
+      block.shared_stride[n] = shared_rows[n].count;
+    }
     const index_t len = tokens.end - tokens.begin;
     for (index_t t = 0; t < len; t += kScanTokens) {
-      ScanBlock<kChannel, kShared> block;
       block.tokens = std::min(kScanTokens, len - t);
       for (std::size_t n = 0; n < kShared; ++n) {
-        const Floats rows = read(shared_rows[n], shared_rows[n].are_floats(), t, block.tokens, memory.shared[n],
-                                 shared_rows[n].count);
-        block.shared[n] = rows.data;
-        block.shared_stride[n] = rows.stride;
+        const Rows<const std::byte>& rows = shared_rows[n];
+        for (index_t i = 0; i < block.tokens; ++i)
+          read_numbers(rows.format, rows.at(t + i), rows.stride, rows.count, memory.shared[n] + i * rows.count);
       }
-      std::array<Floats, kChannel> inputs;
-      for (std::size_t n = 0; n < kChannel; ++n) {
-        inputs[n] = read(channel_rows[n], whole && channel_rows[n].are_floats(), t, block.tokens, memory.channel[n],
-                         kScanChannels);
-        block.channel_stride[n] = inputs[n].stride;
-      }
-      float* const to = out_in_place ? reinterpret_cast<float*>(out_rows.at(t)) : memory.out;
-      block.out_stride = out_in_place ? out_rows.pos_stride : kScanChannels;
-      for (index_t c = 0; c < place.count; c += kLanes) {
-        for (std::size_t n = 0; n < kChannel; ++n) block.channel[n] = inputs[n].data + c;
-        block.out = to + c;
-        block.state = memory.state + c;
-        block.constants = memory.constants + c;
+      for (std::size_t n = 0; n < kChannel; ++n) read(channel_rows[n], t, block.tokens, memory.row, memory.channel[n]);
+      for (index_t c = 0; c < tile.count; c += kLanes) {
+        const auto ahead = [&](std::size_t n, const auto& rows) {
+          block.next[n] = rows.at(t + kScanTokens) + c * rows.stride * rows.bytes();
+          block.next_stride[n] = rows.pos_stride * rows.bytes();
+        };
+        for (std::size_t n = 0; n < kChannel; ++n) {
+          ahead(n, channel_rows[n]);
+          block.channel[n] = memory.channel[n] + c * kScanTokens;
+        }
+        ahead(kChannel, out_rows);
+        block.out = memory.out + c * kScanTokens;
+        block.state = memory.state + c * policy.state_rows();
+        block.constants = memory.constants + c * policy.constant_rows();
         policy.walk(block);
       }
-      for (index_t i = 0; !out_in_place && i < block.tokens; ++i)
-        write_numbers(out_rows.format, memory.out + i * kScanChannels, place.count, out_rows.at(t + i), out_rows.stride);
+      write(memory.out, t, block.tokens, memory.out_row, out_rows);
     }
   }
 };

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// LoLCATs (Zhang et al. 2024, arXiv 2410.10254): softmax over a window W_i, linear attention over what is older, L_i, and one
-// denominator for both:
+// LoLCATs (Zhang et al. 2024, arXiv 2410.10254): softmax over a window W_i, linear attention over what is older, L_i, and
+// one denominator for both:
 //   o_i = (gamma sum_{W_i} e^(s_ij - c_i) v_j + lambda sum_{L_i} phi(q_i) . phi(k_j) v_j) / (the same with v = 1),
 //   s_ij = scale * q_i . k_j,  c_i = max_{W_i} s_ij,  phi(x) = [softmax(x W), softmax(-x W)].
 // c_i is part of the definition: it sets the proportion of the two sums.
 //
-// Tokens go by in blocks of kBlock, which is a chunk form: all tokens of a block read the state of its beginning in one pass,
-// and the keys that leave the window meanwhile are weighed one by one, as window or as linear part, whichever they are for
-// that token. So the state is read and written once per block, not once per token.
+// Tokens go by in blocks of kBlock, which is a chunk form: all tokens of a block read the state of its beginning in one
+// pass, and the keys that leave the window meanwhile are weighed one by one, as window or as linear part, whichever they
+// are for that token. So the state is read and written once per block, not once per token.
 #pragma once
 #include "../call/recurrent_call.hpp"
 #include "../engine/parts/feature_maps.hpp"
@@ -20,17 +20,15 @@ inline namespace FOVEA_ARCH {
 
 namespace lolcats_kernel {
 
-inline constexpr index_t kBlock = 8;               // tokens at a time
+inline constexpr index_t kBlock = 8;   // tokens at a time
 inline constexpr index_t kMaxWindow = 1 << 16;
-inline constexpr index_t kRows = 4;                // of a register tile
+inline constexpr index_t kRows = 4;   // of a register tile
 inline constexpr int kVectors = kRegisters == 32 ? 4 : 2;
-inline constexpr float kLeast = 1e-12f;            // of a feature
-
-FOVEA_INLINE constexpr index_t padded(index_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+inline constexpr float kLeast = 1e-12f;   // of a feature
 
 // to[r, j] = a_r . b_j; rows are zeros up to whole vectors. kRows times two dots at a time.
-inline void dots(const float* a, index_t a_stride, index_t rows, const float* b, index_t b_stride, index_t keys, index_t depth,
-                 float* to, index_t to_stride) {
+inline void dots(const float* a, index_t a_stride, index_t rows, const float* b, index_t b_stride, index_t keys,
+                 index_t depth, float* to, index_t to_stride) {
   static_assert(kRows == 4);
   for (index_t r = 0; r < rows; r += kRows) {
     const float* row[kRows];   // a spare one repeats the last
@@ -68,8 +66,8 @@ struct WeightTable {
   index_t row_stride, key_stride;
 };
 
-// to_r += sum_j weight(r, j) b_j, Rows x Vectors vectors of `to` at a time. One chain of FMAs per number, in the order of the
-// keys, so that the bits of a row do not depend on which others are at hand.
+// to_r += sum_j weight(r, j) b_j, Rows x Vectors vectors of `to` at a time. One chain of FMAs per number, in the order of
+// the keys, so that the bits of a row do not depend on which others are at hand.
 template <int Rows, int Vectors>
 FOVEA_INLINE void weigh_tile(const WeightTable& weight, const float* b, index_t b_stride, index_t keys, float* to,
                              index_t to_stride) {
@@ -120,6 +118,9 @@ struct Shape {
   index_t dim_k, dim_v, features, window, held;   // features of one half; keys that wait in a lane's memory, at most
   index_t k_stride, v_stride, map_stride, feature_stride, score_stride;
 };
+inline index_t given_keys(const LolcatsOptions<float>& options) {
+  return options.initial_window_k.data == nullptr ? 0 : options.initial_window_k.extent[2];
+}
 inline Shape shape_of(const door::RecurrentShape& call, const LolcatsOptions<float>& options) {
   Shape s{};
   s.dim_k = call.dim_k;
@@ -128,58 +129,50 @@ inline Shape shape_of(const door::RecurrentShape& call, const LolcatsOptions<flo
   s.window = options.window;
   // Those of the window, of the block that leave it, and of the block that enter it.
   const index_t span = options.shape == LolcatsWindow::terraced ? 2 * s.window : s.window;
-  const index_t tokens = std::min<index_t>(call.len, PTRDIFF_MAX / 4) + options.initial_window_k.extent[2];
+  const index_t tokens = std::min<index_t>(call.len, PTRDIFF_MAX / 4) + given_keys(options);
   s.held = std::min(span, tokens) + 2 * kBlock;
-  s.k_stride = padded(s.dim_k);
-  s.v_stride = padded(s.dim_v);
-  s.map_stride = padded(s.features);
-  s.feature_stride = padded(2 * s.features);
+  s.k_stride = round_up(s.dim_k, kLanes);
+  s.v_stride = round_up(s.dim_v, kLanes);
+  s.map_stride = round_up(s.features, kLanes);
+  s.feature_stride = round_up(2 * s.features, kLanes);
   s.score_stride = s.held;
   return s;
 }
 
 // One lane's memory; keys and values lie one after the other and move to the front when the end is reached.
 struct LaneMemory {
-  float* k;               // [2 held, k_stride]
-  float* v;               // [2 held, v_stride]
-  float* state;           // [2 features, v_stride]
-  float* key_sum;         // [feature_stride]
-  float* query_map;       // [dim_k, map_stride]
-  float* key_map;         // [dim_k, map_stride]
-  float* q;               // [kBlock, k_stride]
-  float* query_features;  // [kBlock, feature_stride]
-  float* key_features;    // [kBlock, feature_stride]
-  float* linear;          // [kBlock, kBlock]
-  float* scores;          // [kBlock, score_stride]
-  float* out;             // [kBlock, v_stride]
-  float* mapped;          // [kBlock, map_stride]
+  float* k;                // [2 held, k_stride]
+  float* v;                // [2 held, v_stride]
+  float* state;            // [2 features, v_stride]
+  float* key_sum;          // [feature_stride]
+  float* query_map;        // [dim_k, map_stride]
+  float* key_map;          // [dim_k, map_stride]
+  float* q;                // [kBlock, k_stride]
+  float* query_features;   // [kBlock, feature_stride]
+  float* key_features;     // [kBlock, feature_stride]
+  float* linear;           // [kBlock, kBlock]
+  float* scores;           // [kBlock, score_stride]
+  float* out;              // [kBlock, v_stride]
+  float* mapped;           // [kBlock, map_stride]
 };
 inline LaneMemory carve(Bump& bump, const Shape& s) {
-  return {bump.take<float>(2 * s.held * s.k_stride), bump.take<float>(2 * s.held * s.v_stride),
+  return {bump.take<float>(2 * s.held * s.k_stride),     bump.take<float>(2 * s.held * s.v_stride),
           bump.take<float>(2 * s.features * s.v_stride), bump.take<float>(s.feature_stride),
-          bump.take<float>(s.dim_k * s.map_stride), bump.take<float>(s.dim_k * s.map_stride),
-          bump.take<float>(kBlock * s.k_stride), bump.take<float>(kBlock * s.feature_stride),
-          bump.take<float>(kBlock * s.feature_stride), bump.take<float>(kBlock * kBlock),
-          bump.take<float>(kBlock * s.score_stride), bump.take<float>(kBlock * s.v_stride),
+          bump.take<float>(s.dim_k * s.map_stride),      bump.take<float>(s.dim_k * s.map_stride),
+          bump.take<float>(kBlock * s.k_stride),         bump.take<float>(kBlock * s.feature_stride),
+          bump.take<float>(kBlock * s.feature_stride),   bump.take<float>(kBlock * kBlock),
+          bump.take<float>(kBlock * s.score_stride),     bump.take<float>(kBlock * s.v_stride),
           bump.take<float>(kBlock * s.map_stride)};
 }
 
 // `count` numbers of a row as floats, zeros up to `stride`.
 FOVEA_INLINE void read_padded(Format format, const std::byte* from, index_t element_stride, index_t count, index_t stride,
                               float* to) {
-  if (format == Format::f32 && element_stride == 1) {
-    std::copy_n(reinterpret_cast<const float*>(from), count, to);
-  } else {
-    read_numbers(format, from, element_stride, count, to);
-  }
+  read_numbers(format, from, element_stride, count, to);
   std::fill_n(to + count, stride - count, 0.f);
 }
 FOVEA_INLINE void read_padded(const float* from, index_t element_stride, index_t count, index_t stride, float* to) {
   read_padded(Format::f32, reinterpret_cast<const std::byte*>(from), element_stride, count, stride, to);
-}
-template <class Shaped>
-FOVEA_INLINE auto row_of(const Shaped& x, index_t batch, index_t head, index_t pos) {
-  return x.data + (batch * x.stride[0] + head * x.stride[1] + pos * x.stride[2]) * row_bytes(x.format, 1);
 }
 FOVEA_INLINE const float* row_of(const View<const float, 4>& x, index_t sequence, index_t head, index_t n) {
   return x.data + sequence * x.stride[0] + head * x.stride[1] + n * x.stride[2];
@@ -208,9 +201,13 @@ struct Call {
 class HeadRun {
  public:
   HeadRun(const Call& call, index_t sequence, index_t head, const LaneMemory& memory)
-      : call_(call), s_(call.shape), m_(memory), sequence_(sequence), head_(head),
+      : call_(call),
+        s_(call.shape),
+        m_(memory),
+        sequence_(sequence),
+        head_(head),
         run_(door::sequence_run(call.recurrent, call.options.cu_len, sequence)),
-        given_(call.lolcats.initial_window_k.data == nullptr ? 0 : call.lolcats.initial_window_k.extent[2]),
+        given_(given_keys(call.lolcats)),
         k_head_(shared_head(head, call.recurrent.out_heads, call.recurrent.k_heads, call.options.head_map)),
         v_head_(shared_head(head, call.recurrent.out_heads, call.recurrent.v_heads, call.options.head_map)),
         q_head_(shared_head(head, call.recurrent.out_heads, call.recurrent.q_heads, call.options.head_map)) {}
@@ -235,18 +232,29 @@ class HeadRun {
   float* k_row(index_t key) const { return m_.k + (key - front_) * s_.k_stride; }
   float* v_row(index_t key) const { return m_.v + (key - front_) * s_.v_stride; }
 
+  // Rows of whole vectors are read where they lie: for one token, packing them would cost as much as using them.
+  struct Map {
+    const float* rows;   // [dim_k, stride]
+    index_t stride;
+  };
+  Map map_of(const View<const float, 3>& maps, float* packed) const {
+    const float* const from = maps.data + head_ * maps.stride[0];
+    if (maps.stride[2] == 1 && s_.features % kLanes == 0) return {from, s_.dim_k == 1 ? 0 : maps.stride[1]};
+    for (index_t d = 0; d < s_.dim_k; ++d) {
+      read_padded(from + d * maps.stride[1], maps.stride[2], s_.features, s_.map_stride, packed + d * s_.map_stride);
+    }
+    return {packed, s_.map_stride};
+  }
+
   void begin() {
     const auto& l = call_.lolcats;
-    const auto pack = [&](const View<const float, 3>& maps, float* to) {
-      for (index_t d = 0; d < s_.dim_k; ++d) {
-        read_padded(&maps(head_, d, 0), maps.stride[2], s_.features, s_.map_stride, to + d * s_.map_stride);
-      }
-    };
-    pack(l.query_map, m_.query_map);
-    pack(l.key_map, m_.key_map);
+    query_map_ = map_of(l.query_map, m_.query_map);
+    key_map_ = map_of(l.key_map, m_.key_map);
     for (index_t n = 0; n < given_; ++n) {
-      read_padded(row_of(l.initial_window_k, sequence_, head_, n), l.initial_window_k.stride[3], s_.dim_k, s_.k_stride, k_row(n));
-      read_padded(row_of(l.initial_window_v, sequence_, head_, n), l.initial_window_v.stride[3], s_.dim_v, s_.v_stride, v_row(n));
+      read_padded(row_of(l.initial_window_k, sequence_, head_, n), l.initial_window_k.stride[3], s_.dim_k, s_.k_stride,
+                  k_row(n));
+      read_padded(row_of(l.initial_window_v, sequence_, head_, n), l.initial_window_v.stride[3], s_.dim_v, s_.v_stride,
+                  v_row(n));
     }
     end_ = given_;
     std::fill_n(m_.key_sum, s_.feature_stride, 0.f);
@@ -255,14 +263,28 @@ class HeadRun {
       read_padded(z.data + sequence_ * z.stride[0] + head_ * z.stride[1], z.stride[2], 2 * s_.features, s_.feature_stride,
                   m_.key_sum);
     }
-    std::fill_n(m_.state, 2 * s_.features * s_.v_stride, 0.f);
+    begin_state();
+  }
+
+  // Rows of whole vectors are worked on in final_state.
+  void begin_state() {
     const auto& initial = call_.options.initial_state;
-    if (!initial) return;
-    const bool v_first = call_.options.layout == StateLayout::v_first;
-    const index_t row = initial.stride[v_first ? 3 : 2], column = initial.stride[v_first ? 2 : 3];
-    const float* const from = row_of(initial, sequence_, head_, 0);
+    const auto& final = call_.options.final_state;
+    StateColumns<const float> from{};
+    StateColumns<float> to{};
+    if (initial) from = state_columns(initial, call_.options.layout, sequence_, head_, 0);
+    if (final) to = state_columns(final, call_.options.layout, sequence_, head_, 0);
+    in_place_ = final && to.v_stride == 1 && s_.dim_v % kLanes == 0;
+    state_ = in_place_ ? to.data : m_.state;
+    state_stride_ = in_place_ ? to.k_stride : s_.v_stride;
+    if (in_place_ && from.data == to.data) return;
     for (index_t f = 0; f < 2 * s_.features; ++f) {
-      read_padded(from + f * row, column, s_.dim_v, s_.v_stride, m_.state + f * s_.v_stride);
+      float* const row = state_ + f * state_stride_;
+      if (initial) {
+        read_padded(from.data + f * from.k_stride, from.v_stride, s_.dim_v, s_.v_stride, row);
+      } else {
+        std::fill_n(row, s_.v_stride, 0.f);
+      }
     }
   }
 
@@ -275,16 +297,18 @@ class HeadRun {
     }
     for (index_t key = oldest_; key < end_; ++key) {
       if (l.final_window_k)
-        write_row(k_row(key), s_.dim_k, row_of(l.final_window_k, sequence_, head_, key - oldest_), l.final_window_k.stride[3]);
+        write_row(k_row(key), s_.dim_k, row_of(l.final_window_k, sequence_, head_, key - oldest_),
+                  l.final_window_k.stride[3]);
       if (l.final_window_v)
-        write_row(v_row(key), s_.dim_v, row_of(l.final_window_v, sequence_, head_, key - oldest_), l.final_window_v.stride[3]);
+        write_row(v_row(key), s_.dim_v, row_of(l.final_window_v, sequence_, head_, key - oldest_),
+                  l.final_window_v.stride[3]);
     }
     const auto& final = call_.options.final_state;
-    if (!final) return;
-    const bool v_first = call_.options.layout == StateLayout::v_first;
-    const index_t row = final.stride[v_first ? 3 : 2], column = final.stride[v_first ? 2 : 3];
-    float* const to = row_of(final, sequence_, head_, 0);
-    for (index_t f = 0; f < 2 * s_.features; ++f) write_row(m_.state + f * s_.v_stride, s_.dim_v, to + f * row, column);
+    if (!final || in_place_) return;
+    const auto to = state_columns(final, call_.options.layout, sequence_, head_, 0);
+    for (index_t f = 0; f < 2 * s_.features; ++f) {
+      write_row(m_.state + f * s_.v_stride, s_.dim_v, to.data + f * to.k_stride, to.v_stride);
+    }
   }
 
   // Rows of m_.k and m_.v for `count` more keys.
@@ -296,17 +320,17 @@ class HeadRun {
     }
     FOVEA_ASSERT(end_ + count - front_ <= 2 * s_.held);
     for (index_t n = 0; n < count; ++n, ++end_) {
-      read_padded(call_.k.format, row_of(call_.k, run_.batch, k_head_, t + n), call_.k.stride[3], s_.dim_k, s_.k_stride,
+      read_padded(call_.k.format, row_at(call_.k, run_.batch, k_head_, t + n), call_.k.stride[3], s_.dim_k, s_.k_stride,
                   k_row(end_));
-      read_padded(call_.v.format, row_of(call_.v, run_.batch, v_head_, t + n), call_.v.stride[3], s_.dim_v, s_.v_stride,
+      read_padded(call_.v.format, row_at(call_.v, run_.batch, v_head_, t + n), call_.v.stride[3], s_.dim_v, s_.v_stride,
                   v_row(end_));
     }
   }
 
   // phi of up to kBlock rows, times `factor`.
-  void map_rows(const float* from, index_t count, const float* map, float factor, float* features) {
+  void map_rows(const float* from, index_t count, const Map& map, float factor, float* features) {
     std::fill_n(m_.mapped, count * s_.map_stride, 0.f);
-    weigh({from, s_.k_stride, 1}, count, map, s_.map_stride, s_.dim_k, s_.map_stride, m_.mapped, s_.map_stride);
+    weigh({from, s_.k_stride, 1}, count, map.rows, map.stride, s_.dim_k, s_.map_stride, m_.mapped, s_.map_stride);
     for (index_t n = 0; n < count; ++n, features += s_.feature_stride) {
       feature_rows::softmax_halves(m_.mapped + n * s_.map_stride, s_.features, kLeast, features);
       if (factor != 1.f) feature_rows::each(features, 2 * s_.features, features, [&](f32 x) { return x * f32(factor); });
@@ -316,8 +340,8 @@ class HeadRun {
 
   // The oldest `count` keys, whose features are known, into the state.
   void leave(index_t count) {
-    weigh({m_.key_features, 1, s_.feature_stride}, 2 * s_.features, v_row(oldest_), s_.v_stride, count, s_.v_stride, m_.state,
-          s_.v_stride);
+    weigh({m_.key_features, 1, s_.feature_stride}, 2 * s_.features, v_row(oldest_), s_.v_stride, count, s_.v_stride, state_,
+          state_stride_);
     for (index_t n = 0; n < count; ++n) {
       const float* const features = m_.key_features + n * s_.feature_stride;
       for (index_t f = 0; f < s_.feature_stride; f += kLanes) {
@@ -329,7 +353,7 @@ class HeadRun {
   void leave_all(index_t until) {
     while (oldest_ < until) {
       const index_t count = std::min(kBlock, until - oldest_);
-      map_rows(k_row(oldest_), count, m_.key_map, 1.f, m_.key_features);
+      map_rows(k_row(oldest_), count, key_map_, 1.f, m_.key_features);
       leave(count);
     }
   }
@@ -345,18 +369,18 @@ class HeadRun {
 
     const float scale = call_.options.scale ? *call_.options.scale : 1.f / std::sqrt(static_cast<float>(s_.dim_k));
     for (index_t n = 0; n < count; ++n) {
-      read_padded(call_.q.format, row_of(call_.q, run_.batch, q_head_, t + n), call_.q.stride[3], s_.dim_k, s_.k_stride,
+      read_padded(call_.q.format, row_at(call_.q, run_.batch, q_head_, t + n), call_.q.stride[3], s_.dim_k, s_.k_stride,
                   m_.q + n * s_.k_stride);
     }
-    map_rows(m_.q, count, m_.query_map, call_.lolcats.linear_weight, m_.query_features);
-    map_rows(k_row(oldest_), leaving, m_.key_map, 1.f, m_.key_features);
-    dots(m_.query_features, s_.feature_stride, count, m_.key_features, s_.feature_stride, leaving, s_.feature_stride, m_.linear,
-         kBlock);
+    map_rows(m_.q, count, query_map_, call_.lolcats.linear_weight, m_.query_features);
+    map_rows(k_row(oldest_), leaving, key_map_, 1.f, m_.key_features);
+    dots(m_.query_features, s_.feature_stride, count, m_.key_features, s_.feature_stride, leaving, s_.feature_stride,
+         m_.linear, kBlock);
     for (index_t n = 0; n < count * s_.k_stride; n += kLanes) store(m_.q + n, load(m_.q + n) * f32(scale * kLog2e));
     dots(m_.q, s_.k_stride, count, k_row(oldest_), s_.k_stride, keys, s_.k_stride, m_.scores, s_.score_stride);
 
     std::fill_n(m_.out, count * s_.v_stride, 0.f);
-    weigh({m_.query_features, s_.feature_stride, 1}, count, m_.state, s_.v_stride, 2 * s_.features, s_.v_stride, m_.out,
+    weigh({m_.query_features, s_.feature_stride, 1}, count, state_, state_stride_, 2 * s_.features, s_.v_stride, m_.out,
           s_.v_stride);
     float denominators[kBlock];
     for (index_t n = 0; n < count; ++n) {
@@ -369,10 +393,11 @@ class HeadRun {
     weigh({m_.scores, s_.score_stride, 1}, count, v_row(oldest_), s_.v_stride, common, s_.v_stride, m_.out, s_.v_stride);
     for (index_t n = 0; n < count; ++n) {
       float* const row = m_.out + n * s_.v_stride;
-      weigh({m_.scores + n * s_.score_stride + common, 0, 1}, 1, v_row(first + 1), s_.v_stride, n, s_.v_stride, row, s_.v_stride);
+      weigh({m_.scores + n * s_.score_stride + common, 0, 1}, 1, v_row(first + 1), s_.v_stride, n, s_.v_stride, row,
+            s_.v_stride);
       const f32 inverse(1.f / denominators[n]);
       for (index_t d = 0; d < s_.v_stride; d += kLanes) store(row + d, load(row + d) * inverse);
-      write_numbers(call_.out.format, row, s_.dim_v, row_of_out(t + n), call_.out.stride[3]);
+      write_numbers(call_.out.format, row, s_.dim_v, row_at(call_.out, run_.batch, head_, t + n), call_.out.stride[3]);
     }
     leave(leaving);
   }
@@ -394,14 +419,16 @@ class HeadRun {
     return total + reduce_add(sum);
   }
 
-  std::byte* row_of_out(index_t t) const { return row_of(call_.out, run_.batch, head_, t); }
-
   const Call& call_;
   const Shape& s_;
   const LaneMemory& m_;
   const index_t sequence_, head_;
   const door::SequenceRun run_;
   const index_t given_, k_head_, v_head_, q_head_;
+  Map query_map_{}, key_map_{};
+  float* state_ = nullptr;   // [2 features, state_stride]
+  index_t state_stride_ = 0;
+  bool in_place_ = false;
   index_t front_ = 0, oldest_ = 0, end_ = 0;   // first key in memory, first that is not in the state, behind the last
 };
 
@@ -434,7 +461,7 @@ inline Status check_maps(const LolcatsOptions<float>& l, const door::RecurrentSh
 // Windows and key sums; `longest` is the length of the longest sequence.
 inline Status check_carried(const LolcatsOptions<float>& l, const RecurrentOptions<float>& options,
                             const door::RecurrentShape& s, index_t longest, door::Memory& memory) {
-  const index_t given = l.initial_window_k.data == nullptr ? 0 : l.initial_window_k.extent[2];
+  const index_t given = given_keys(l);
   if (given < 0 || given > l.window)
     return door::invalid("fovea: initial_window_k has %td keys, the window %td", given, l.window);
   if ((l.initial_window_k.data == nullptr) != (l.initial_window_v.data == nullptr) && l.initial_window_k.extent[2] > 0)
@@ -470,7 +497,8 @@ inline Status check_carried(const LolcatsOptions<float>& l, const RecurrentOptio
 
 // Bytes of workspace for such a call, alignment included.
 inline std::size_t lolcats_workspace_bytes(const Operand& q, const Operand& k, const Operand& v,
-                                           const LolcatsOptions<float>& lolcats, const RecurrentOptions<float>& options = {}) {
+                                           const LolcatsOptions<float>& lolcats,
+                                           const RecurrentOptions<float>& options = {}) {
   const door::RecurrentShape shape = door::recurrent_shape(q, k, v, options);
   Bump bump;
   for (int lane = 0; lane < lolcats_kernel::lanes_of(shape, options); ++lane) {
@@ -480,9 +508,9 @@ inline std::size_t lolcats_workspace_bytes(const Operand& q, const Operand& k, c
 }
 
 // q [batch, q_head, pos, dim_k], k and v [batch, kv_head, pos, ..], out [batch, head, pos, dim_v]. States are those of the
-// query heads, S [sequence, head, 2 feature, dim_v], or as options.layout says. A sequence hands on its state, its key sum and
-// its window together; in ragged calls a sequence with fewer tokens than others leaves the rows of final_window behind its own
-// untouched. options.form and options.chunk are not looked at. On error nothing has been written.
+// query heads, S [sequence, head, 2 feature, dim_v], or as options.layout says. A sequence hands on its state, its key sum
+// and its window together; in ragged calls a sequence with fewer tokens than others leaves the rows of final_window behind
+// its own untouched. options.form and options.chunk are not looked at. On error nothing has been written.
 inline Status lolcats(const Operand& q_in, const Operand& k_in, const Operand& v_in, const Result& out_in,
                       const LolcatsOptions<float>& lolcats, const RecurrentOptions<float>& options = {}) {
   using namespace lolcats_kernel;
@@ -500,7 +528,8 @@ inline Status lolcats(const Operand& q_in, const Operand& k_in, const Operand& v
     return door::invalid("fovea: shape is %d, no value of the enum", static_cast<int>(lolcats.shape));
   if (Status s = check_maps(lolcats, shape, memory); !s.ok()) return s;
   index_t longest = options.cu_len.empty() ? shape.len : 0;
-  for (std::size_t n = 1; n < options.cu_len.size(); ++n) longest = std::max(longest, options.cu_len[n] - options.cu_len[n - 1]);
+  for (std::size_t n = 1; n < options.cu_len.size(); ++n)
+    longest = std::max(longest, options.cu_len[n] - options.cu_len[n - 1]);
   if (Status s = check_carried(lolcats, options, shape, longest, memory); !s.ok()) return s;
   door::RecurrentShape states = shape;
   states.state_heads = shape.out_heads;

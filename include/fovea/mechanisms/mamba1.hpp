@@ -2,11 +2,11 @@
 // Mamba's selective scan, S6 (Gu and Dao 2023, arXiv 2312.00752). For channel d and mode n:
 //   h_t[n, d] = exp(dt_t[d] A[d, n]) h_{t-1}[n, d] + dt_t[d] B_t[n] x_t[d],   y_t[d] = sum_n C_t[n] h_t[n, d] + D[d] x_t[d].
 //
-// One exponential per mode, channel and token is what it costs: with three more instructions (write, decay, read) for its ten
-// there is nothing left to save but the loads. A tile's 16 modes stay in registers.
+// One exponential per mode, channel and token is what it costs, and three more instructions (write, decay, read). With
+// AVX-512 the 16 modes of a vector of channels stay in registers for a block of tokens.
 #pragma once
 #include "../call/scan_call.hpp"
-#include "../simd/math.hpp"
+#include "../simd/decay_exp2.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -15,51 +15,7 @@ inline namespace FOVEA_ARCH {
 namespace mamba1_parts {
 
 // Modes held in registers at a time.
-#ifndef KM
-#define KM 8
-#endif
-#ifndef KS
-#define KS 4
-#endif
-inline constexpr index_t kModes = KM;
-inline constexpr index_t kStepped = KS;
-
-// 2^(dt a) for |dt a| <= 125, at most 2 ULP. The exponent is rounded to nearest, not down as in exp2(), and the remainder
-// comes from the unrounded product: close to 0, where a state remembers thousands of tokens, what is lost to 1 is then right
-// to 3e-7 of itself, while an error of exp2's 8e-8 of the factor would add up over all that the state remembers. Degree 5 on
-// [-1/2, 1/2], constant term 1: relative error 9.2e-8.
-//
-// Several at a time, step by step: one after the other, the 45 cycles that each takes fill the scheduler.
-template <index_t Count>
-FOVEA_INLINE void exp2_of_products(f32 dt, const float* rates, f32 (&factors)[Count]) {
-  const f32 shift(12582912.f);   // 1.5 * 2^23: the sum's last place is 1
-  f32 shifted[Count], x[Count];
-  const auto each = [](const auto& step) {
-    FOVEA_UNROLL
-    for (index_t n = 0; n < Count; ++n) step(n);
-  };
-  each([&](index_t n) { shifted[n] = fma(dt, load(rates + n * kScanChannels), shift); });
-  each([&](index_t n) { x[n] = fma(dt, load(rates + n * kScanChannels), shift - shifted[n]); });
-  each([&](index_t n) { factors[n] = fma(x[n], f32(0x1.5bba14p-10f), f32(0x1.3cea88p-7f)); });
-  each([&](index_t n) { factors[n] = fma(x[n], factors[n], f32(0x1.c6b752p-5f)); });
-  each([&](index_t n) { factors[n] = fma(x[n], factors[n], f32(0x1.ebf9bcp-3f)); });
-  each([&](index_t n) { factors[n] = fma(x[n], factors[n], f32(0x1.62e42ap-1f)); });
-  each([&](index_t n) { factors[n] = fma(x[n], factors[n], f32(1.f)); });
-  each([&](index_t n) { factors[n] = as_float(float_bits(factors[n]) + (float_bits(shifted[n]) << 23)); });
-}
-inline constexpr float kLargestExponent = 124.f;
-
-// The factors of one token where some dt is too large for that (or NaN). The other lanes have the bits they always have.
-template <index_t Modes>
-FOVEA_NOINLINE void far_factors(f32 dt, keep_t near, const float* a, float* factors) {
-  const f32 near_dt = select(near, dt, f32(0.f));
-  for (index_t n = 0; n < Modes; ++n) {
-    const float* const rate = a + n * kScanChannels;
-    f32 factor[1];
-    exp2_of_products(near_dt, rate, factor);
-    store(factors + n * kLanes, select(near, factor[0], exp2(dt * load(rate))));
-  }
-}
+inline constexpr index_t kModes = kLanes == 16 ? 16 : 8;
 
 struct SelectiveScan {
   static constexpr std::size_t kChannelInputs = 2, kSharedInputs = 2;   // x, dt; B, C
@@ -74,32 +30,21 @@ struct SelectiveScan {
   View<float, 4> final;
 
   index_t state_rows() const { return dim_state; }
-  // A log2(e) of every mode, D, and the largest |dt| that exp2_of_product takes.
-  index_t constant_rows() const { return dim_state + 2; }
+  // A log2(e) of every mode, and D.
+  index_t constant_rows() const { return dim_state + 1; }
   void constants(const ScanPlace& place, float* rows) const {
     read_columns({a.data + place.head * a.stride[0] + place.first * a.stride[1], a.stride[2], a.stride[1]}, dim_state,
-                 place.count, rows, kScanChannels);
-    float* const skip = rows + dim_state * kScanChannels;
-    if (d) read_columns({&d(place.head, place.first), 0, d.stride[1]}, 1, place.count, skip, kScanChannels);
-    for (index_t c = 0; c < place.count; c += kLanes) {
-      f32 most(0.f);
-      for (index_t n = 0; n < dim_state; ++n) {
-        float* const rates = rows + n * kScanChannels + c;
-        const f32 rate = load(rates) * f32(kLog2e);
-        store(rates, rate);
-        most = select(abs(rate) > most, abs(rate), most);
-      }
-      store(skip + kScanChannels + c, f32(kLargestExponent) / most);
-    }
+                 place.count, rows);
+    for (index_t n = 0; n < dim_state; ++n) store(rows + n * kLanes, load(rows + n * kLanes) * f32(kLog2e));
+    if (d) read_columns({&d(place.head, place.first), 0, d.stride[1]}, 1, place.count, rows + dim_state * kLanes);
   }
   void load_state(const ScanPlace& place, float* rows) const {
     if (initial)
-      read_columns(state_columns(initial, layout, place.sequence, place.head, place.first), dim_state, place.count, rows,
-                   kScanChannels);
+      read_columns(state_columns(initial, layout, place.sequence, place.head, place.first), dim_state, place.count, rows);
   }
   void save_state(const ScanPlace& place, const float* rows) const {
     if (final)
-      write_columns(rows, kScanChannels, dim_state, place.count,
+      write_columns(rows, dim_state, place.count,
                     state_columns(final, layout, place.sequence, place.head, place.first));
   }
 
@@ -114,47 +59,28 @@ struct SelectiveScan {
   // The first modes of a channel begin with D x, the others add to what those before them wrote.
   template <index_t Modes>
   FOVEA_NOINLINE void walk_modes(const Block& block, index_t first) const {
-    const float* const rates = block.constants + first * kScanChannels;
-    const float* const skip_row = block.constants + dim_state * kScanChannels;
-    float* const state = block.state + first * kScanChannels;
-    const f32 skip = load(skip_row), limit = load(skip_row + kScanChannels), times(scale);
+    const float* const rates = block.constants + first * kLanes;
+    const f32 skip = load(block.constants + dim_state * kLanes), times(scale);
+    float* const state = block.state + first * kLanes;
     f32 h[Modes];
     FOVEA_UNROLL
-    for (index_t n = 0; n < Modes; ++n) h[n] = load(state + n * kScanChannels);
+    for (index_t n = 0; n < Modes; ++n) h[n] = load(state + n * kLanes);
     for (index_t t = 0; t < block.tokens; ++t) {
       if (first == 0) block.prefetch_next(t);
       const f32 x = block.input(kX, t), dt = block.input(kDt, t), written = dt * x;
       const float* const b = block.numbers(kB, t) + first;
       const float* const c = block.numbers(kC, t) + first;
-      const keep_t near = abs(dt) <= limit;
       f32 sum(0.f);
-      if (xsimd::all(near)) [[likely]] {
-        constexpr index_t kTogether = Modes < kStepped ? Modes : kStepped;
-        FOVEA_UNROLL
-        for (index_t first_n = 0; first_n < Modes; first_n += kTogether) {
-          f32 factors[kTogether];
-          exp2_of_products(dt, rates + first_n * kScanChannels, factors);
-          FOVEA_UNROLL
-          for (index_t i = 0; i < kTogether; ++i) {
-            const index_t n = first_n + i;
-            h[n] = fma(factors[i], h[n], written * f32(b[n]));
-            sum = fma(h[n], f32(c[n]), sum);
-          }
-        }
-      } else {
-        alignas(f32) float factors[Modes * kLanes];
-        far_factors<Modes>(dt, near, rates, factors);
-        FOVEA_UNROLL
-        for (index_t n = 0; n < Modes; ++n) {
-          h[n] = fma(load(factors + n * kLanes), h[n], written * f32(b[n]));
-          sum = fma(h[n], f32(c[n]), sum);
-        }
+      FOVEA_UNROLL
+      for (index_t n = 0; n < Modes; ++n) {
+        h[n] = fma(decay_exp2(dt * load(rates + n * kLanes)), h[n], written * f32(b[n]));
+        sum = fma(h[n], f32(c[n]), sum);
       }
       float* const y = block.output(t);
       store(y, fma(sum, times, first == 0 ? skip * x : load(y)));
     }
     FOVEA_UNROLL
-    for (index_t n = 0; n < Modes; ++n) store(state + n * kScanChannels, h[n]);
+    for (index_t n = 0; n < Modes; ++n) store(state + n * kLanes, h[n]);
   }
 };
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The causal depthwise convolution in front of most recurrent layers (H3: Fu et al. 2022, arXiv 2212.14052; Mamba: Gu and Dao
-// 2023, arXiv 2312.00752):
+// The causal depthwise convolution in front of most recurrent layers (H3: Fu et al. 2022, arXiv 2212.14052; Mamba: Gu and
+// Dao 2023, arXiv 2312.00752):
 //   y_t[c] = act(bias[c] + sum_j weight[c, j] x_{t - width + 1 + j}[c]),   act is SiLU or nothing.
 // What came before a sequence is its state, the newest inputs (not outputs), or zero.
 //
 // Every y is one chain of FMAs from the oldest input to the newest, bias first: decode, prefill and any split of it give the
-// same bits. A task is a block of channels of one sequence; it walks over the tokens with the last `width` inputs in a ring of
-// rows in the L1 cache. The other order, a vector of channels over several tokens, saves those loads and was 6 times slower:
-// rows of 8192 channels are a multiple of 4 KiB apart, and each load then waits for the store before it.
+// same bits. A task is a run of channels of one sequence, whole rows where there are sequences enough for the lanes; it
+// walks over the tokens with the last `width` inputs in a ring of rows. Whole rows of 8192 channels took 62 to 77 ns per 16
+// numbers where blocks of 512 took 84 to 122 and memcpy 19 to 25 (2048 tokens, a busy machine): a block starts a page for
+// each token.
 #pragma once
 #include "../call/recurrent_call.hpp"
 #include "../simd/math.hpp"
@@ -19,18 +20,28 @@ inline namespace FOVEA_ARCH {
 
 namespace short_conv_parts {
 
-inline constexpr index_t kChannels = 512;   // of a task
+inline constexpr index_t kMostChannels = 8192, kLeastChannels = 512;   // of a task
 inline constexpr index_t kMaxWidth = 1 << 16;
 
+// Channels of a task. The result does not depend on it.
+inline index_t task_channels(index_t channels, index_t sequences, int lanes) {
+  const index_t parts = (lanes + sequences - 1) / std::max<index_t>(sequences, 1);
+  const index_t share = (channels + parts - 1) / std::max<index_t>(parts, 1);
+  return std::clamp(round_up(share, 16), std::min(channels, kLeastChannels), std::min(channels, kMostChannels));
+}
+
 struct Memory {
-  float* taps;   // [width, kChannels]
-  float* bias;   // [kChannels]
-  float* ring;   // [width, kChannels]  the inputs of token t in row t mod width
-  float* row;    // [kChannels]
+  index_t pitch;   // from row to row: whole vectors, and no multiple of 4 KiB
+  float* taps;     // [width, pitch]
+  float* bias;     // [pitch]
+  float* ring;     // [width, pitch]  the inputs of token t in row t mod width
+  float* row;      // [pitch]
 };
-inline Memory carve(Bump& bump, index_t width) {
-  return {bump.take<float>(width * kChannels), bump.take<float>(kChannels), bump.take<float>(width * kChannels),
-          bump.take<float>(kChannels)};
+inline Memory carve(Bump& bump, index_t channels, index_t width) {
+  const index_t pitch = round_up(channels, 16) + 16;
+  static_assert(16 % kLanes == 0);
+  return {pitch, bump.take<float>(width * pitch), bump.take<float>(pitch), bump.take<float>(width * pitch),
+          bump.take<float>(pitch)};
 }
 
 // x sigmoid(x); 0 below -125 ln 2, where its size is below 2e-36.
@@ -55,7 +66,7 @@ void convolve_row(const Memory& memory, index_t any_width, index_t newest, index
     FOVEA_UNROLL
     for (index_t j = 0; j < width; ++j) {
       row = row + 1 == width ? 0 : row + 1;
-      sum = fma(load(memory.taps + j * kChannels + c), load(memory.ring + row * kChannels + c), sum);
+      sum = fma(load(memory.taps + j * memory.pitch + c), load(memory.ring + row * memory.pitch + c), sum);
     }
     return Silu ? silu(sum) : sum;
   };
@@ -74,22 +85,22 @@ inline ConvolveRow convolve_row_for(index_t width, bool with_silu) {
 class Block {
  public:
   Block(const Operand& x, const Result& y, const ShortConvParameters<float>& parameters, index_t sequence,
-        const door::SequenceRun& run, index_t first)
+        const door::SequenceRun& run, index_t first, index_t most)
       : x_(x),
         y_(y),
         parameters_(parameters),
         sequence_(sequence),
         run_(run),
         first_(first),
-        count_(std::min(kChannels, x.extent[3] - first)) {}
+        count_(std::min(most, x.extent[3] - first)) {}
 
   void run(const Memory& memory) const {
     const index_t width = parameters_.weight.extent[1], len = run_.end - run_.begin;
     for (index_t j = 0; j < width; ++j)
-      gather_row(&parameters_.weight(first_, j), parameters_.weight.stride[0], count_, memory.taps + j * kChannels);
-    std::fill_n(memory.bias, kChannels, 0.f);
+      gather_row(&parameters_.weight(first_, j), parameters_.weight.stride[0], count_, memory.taps + j * memory.pitch);
+    std::fill_n(memory.bias, memory.pitch, 0.f);
     if (!parameters_.bias.empty()) std::copy_n(parameters_.bias.data() + first_, count_, memory.bias);
-    for (index_t t = 1 - width; t < 0; ++t) read_input(t, memory.ring + (t + width) * kChannels);
+    for (index_t t = 1 - width; t < 0; ++t) read_input(t, memory.ring + (t + width) * memory.pitch);
     // Before y, which may be x, and from the oldest to the newest: the state may be updated in place.
     const View<float, 3>& final = parameters_.final_state;
     for (index_t n = 0; final && n < final.extent[2]; ++n) {
@@ -101,7 +112,7 @@ class Block {
     const bool writes_floats = y_.format == Format::f32 && y_.stride[3] == 1;
     index_t newest = 0;
     for (index_t t = 0; t < len; ++t) {
-      read_input(t, memory.ring + newest * kChannels);
+      read_input(t, memory.ring + newest * memory.pitch);
       float* const to = writes_floats ? reinterpret_cast<float*>(y_at(t)) : memory.row;
       convolve(memory, width, newest, count_, to);
       if (!writes_floats) write_numbers(y_.format, to, count_, y_at(t), y_.stride[3]);
@@ -145,8 +156,8 @@ inline Status check_state(const char* name, const auto& state, index_t sequences
   return door::check_like(name, state, std::array<index_t, 3>{sequences, channels, state.extent[2]}, memory);
 }
 
-inline Status check(const Operand& x, const ShortConvParameters<float>& p, const Result& y, const door::RecurrentShape& shape,
-                    const RecurrentOptions<float>& options) {
+inline Status check(const Operand& x, const ShortConvParameters<float>& p, const Result& y,
+                    const door::RecurrentShape& shape, const RecurrentOptions<float>& options) {
   door::Memory memory;
   const index_t channels = x.extent[3], width = p.weight.extent[1];
   if (Status s = door::check_plain("x", x.format); !s.ok()) return s;
@@ -180,9 +191,10 @@ struct Local : door::LocalBytes {};
 
 }   // namespace short_conv_parts
 
-inline std::size_t short_conv_bytes(index_t width, int lanes = 1) {
+inline std::size_t short_conv_bytes(index_t channels, index_t width, int lanes = 1) {
   Bump bump;
-  for (int lane = 0; lane < lanes; ++lane) short_conv_parts::carve(bump, width);
+  for (int lane = 0; lane < lanes; ++lane)
+    short_conv_parts::carve(bump, std::min(channels, short_conv_parts::kMostChannels), width);
   return bump.used() + kAlignment;
 }
 
@@ -203,19 +215,20 @@ inline Status short_conv(const Operand& x_any, const ShortConvParameters<float>&
   if (Status s = check(x, parameters, y, shape, options); !s.ok()) return s;
 
   const int lanes = options.executor.lanes();
-  const index_t blocks = (x.extent[3] + kChannels - 1) / kChannels;
-  const std::size_t wanted = short_conv_bytes(parameters.weight.extent[1], lanes);
+  const index_t width = parameters.weight.extent[1], most = task_channels(x.extent[3], sequences, lanes);
+  const index_t blocks = (x.extent[3] + most - 1) / most;
+  const std::size_t wanted = short_conv_bytes(x.extent[3], width, lanes);
   const auto run = [&](std::span<std::byte> workspace) -> Status {
     if (Status s = door::check_workspace(workspace, wanted); !s.ok()) return s;
     Bump lane_bytes;
-    carve(lane_bytes, parameters.weight.extent[1]);
+    carve(lane_bytes, most, width);
     std::byte* const begin = aligned(workspace).data();
     deal(options.executor, lanes, sequences * blocks, [&](int lane, index_t task) {
       Bump bump(begin + lane_bytes.used() * static_cast<std::size_t>(lane));
       const index_t sequence = task / blocks;
       const Block block(x, y, parameters, sequence, door::sequence_run(shape, options.cu_len, sequence),
-                        task % blocks * kChannels);
-      block.run(carve(bump, parameters.weight.extent[1]));
+                        task % blocks * most, most);
+      block.run(carve(bump, most, width));
     });
     return {};
   };

@@ -42,6 +42,15 @@ struct GateDecay {
   DecayForm form;
   index_t dim_k;
 
+  // The gates of a state's positions [next, next + rows), for the engine to fetch.
+  template <class Ahead>
+  FOVEA_INLINE void add_ahead(Ahead& ahead, const ChunkPlace& place, index_t head, index_t next, index_t rows) const {
+    if (Kind != Decayed::key || gate.stride[3] != 1 || gate.stride[2] == 0) return;
+    const float* const from = gate.data + place.batch * gate.stride[0] + head * gate.stride[1] + next * gate.stride[2];
+    constexpr index_t kSize = sizeof(float);
+    ahead.add(reinterpret_cast<const std::byte*>(from), gate.stride[2] * kSize, rows, dim_k * kSize);
+  }
+
   FOVEA_INLINE void alpha(const ChunkPlace& place, float* to, index_t stride) const {
     const float* from = gate.data + place.batch * gate.stride[0] + place.head * gate.stride[1] + place.begin * gate.stride[2];
     if constexpr (Kind == Decayed::token) {

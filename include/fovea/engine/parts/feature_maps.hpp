@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Feature maps phi of linear attention on rows of floats: what stands in for exp(q . k / sqrt(dim)) as phi(q) . phi(k). A map
-// is any functor with
+// Feature maps phi of linear attention on rows of floats: what stands in for exp(q . k / sqrt(dim)) as phi(q) . phi(k). A
+// map is any functor with
 //   index_t features(index_t dim) const;
 //   void operator()(index_t head, index_t pos, const float* row, float* features) const;
 // `row` has dim numbers and `features` features(dim); they do not overlap. No map allocates. Learned matrices are views
@@ -23,11 +23,11 @@ concept FeatureMap = requires(const Map& map, index_t n, const float* row, float
   map(n, n, row, features);
 };
 
-// ------------------------------------------------------------------------------------------------------ rows of numbers
-
 namespace feature_rows {
 
-FOVEA_INLINE f32 load_part(const float* from, index_t count) { return count >= kLanes ? load(from) : load_some(from, count); }
+FOVEA_INLINE f32 load_part(const float* from, index_t count) {
+  return count >= kLanes ? load(from) : load_some(from, count);
+}
 FOVEA_INLINE void store_part(float* to, f32 x, index_t count) {
   if (count >= kLanes) return store(to, x);
   store_some(to, x, count);
@@ -99,8 +99,8 @@ FOVEA_INLINE View<const float, 2> head_matrix(const View<const float, 3>& w, ind
   return {w.data + (w.extent[0] == 1 ? 0 : head * w.stride[0]), {w.extent[1], w.extent[2]}, {w.stride[1], w.stride[2]}};
 }
 
-// out = W x with W [feature, dim]. Eight rows of W in eight chains where dim is contiguous, columns where features are: 8 or 16
-// FMAs per vector of x or broadcast of it.
+// out = W x with W [feature, dim]. Eight rows of W in eight chains where dim is contiguous, columns where features are: 8
+// or 16 FMAs per vector of x or broadcast of it.
 inline void multiply(const View<const float, 2>& w, const float* x, float* out) {
   const index_t features = w.extent[0], dim = w.extent[1];
   if (w.stride[1] == 1 || dim == 1) {
@@ -163,7 +163,8 @@ inline void multiply(const View<const float, 2>& w, const float* x, float* out) 
 }
 
 // out = W x + bias; a null bias is none. bias [head | 1, feature].
-inline void affine(const View<const float, 3>& w, const View<const float, 2>& bias, index_t head, const float* x, float* out) {
+inline void affine(const View<const float, 3>& w, const View<const float, 2>& bias, index_t head, const float* x,
+                   float* out) {
   multiply(head_matrix(w, head), x, out);
   if (!bias) return;
   const float* const from = bias.data + (bias.extent[0] == 1 ? 0 : head * bias.stride[0]);
@@ -171,8 +172,6 @@ inline void affine(const View<const float, 3>& w, const View<const float, 2>& bi
 }
 
 }   // namespace feature_rows
-
-// ------------------------------------------------------------------------------------------------------ maps without weights
 
 struct IdentityMap {
   index_t dim = 0;
@@ -219,8 +218,8 @@ struct ExponentialMap {
   }
 };
 
-// DPFP: r = [relu(x), relu(-x)], phi = [r * roll(r, j)] for j = 1 .. rolls. The paper's r; flash-linear-attention's, which has
-// -relu(x) for the second half and so gives features of both signs; weights of one are wrong in the other.
+// DPFP: r = [relu(x), relu(-x)], phi = [r * roll(r, j)] for j = 1 .. rolls. The paper's r; flash-linear-attention's, which
+// has -relu(x) for the second half and so gives features of both signs; weights of one are wrong in the other.
 enum class DpfpForm : std::uint8_t { paper, flash_linear_attention };
 struct DpfpMap {
   index_t dim = 0;
@@ -249,7 +248,8 @@ struct DpfpMap {
   }
 };
 
-// [1, x / dim^(1/4), x_i^2 / sqrt(2 dim), x_i x_j / sqrt(dim) for i < j]: 1 + u + u^2 / 2 with u = q . k / sqrt(dim) (Based).
+// [1, x / dim^(1/4), x_i^2 / sqrt(2 dim), x_i x_j / sqrt(dim) for i < j]: 1 + u + u^2 / 2 with u = q . k / sqrt(dim)
+// (Based).
 struct TaylorMap {
   index_t dim = 0;
 
@@ -270,9 +270,9 @@ struct TaylorMap {
   }
 };
 
-// [relu(x) sin, relu(x) cos] of pi (pos + 1 + first_pos) / (2 longest): weights relu(q) . relu(k) cos(pi (i - j) / (2 longest)),
-// none negative while positions differ by less than `longest` (cosFormer). `longest` is part of the model: the length of the
-// whole sequence, for a stream the longest context.
+// [relu(x) sin, relu(x) cos] of pi (pos + 1 + first_pos) / (2 longest): weights relu(q) . relu(k) cos(pi (i - j) / (2
+// longest)), none negative while positions differ by less than `longest` (cosFormer). `longest` is part of the model: the
+// length of the whole sequence, for a stream the longest context.
 struct CosformerMap {
   index_t dim = 0;
   index_t longest = 1;
@@ -286,8 +286,6 @@ struct CosformerMap {
     feature_rows::each(row, dim, to + dim, [&](f32 x) { return feature_rows::at_least(x, 0.f) * f32(cosine); });
   }
 };
-
-// ------------------------------------------------------------------------------------------------------ maps with weights
 
 // relu(W x + bias) (T2R).
 struct T2rMap {
@@ -371,12 +369,11 @@ struct HadamardMap {
     constexpr index_t kBlock = 64;
     float second[kBlock];
     feature_rows::multiply(feature_rows::head_matrix(w1, head), row, to);
-    View<const float, 2> w = feature_rows::head_matrix(w2, head);
-    for (index_t f = 0, all = w.extent[0]; f < all; f += kBlock) {
-      w.extent[0] = std::min(kBlock, all - f);
-      feature_rows::multiply(w, row, second);
-      w.data += w.extent[0] * w.stride[0];
-      for (index_t n = 0; n < w.extent[0]; ++n) to[f + n] *= second[n];
+    const View<const float, 2> w = feature_rows::head_matrix(w2, head);
+    for (index_t f = 0; f < w.extent[0]; f += kBlock) {
+      const index_t count = std::min(kBlock, w.extent[0] - f);
+      feature_rows::multiply({w.data + f * w.stride[0], {count, w.extent[1]}, w.stride}, row, second);
+      for (index_t n = 0; n < count; ++n) to[f + n] *= second[n];
     }
   }
 };
@@ -397,11 +394,10 @@ struct SumNormalizedMap {
   }
 };
 
-// ------------------------------------------------------------------------------------------------------ FAVOR+ (Performer)
-
-// phi(x) = m^(-1/2) (exp(W x' - |x'|^2 / 2 - s) + eps) with x' = x dim^(-1/4), m features. The stabiliser s of a query is the
-// largest number of its own W x' and cancels in a normalised output; that of the keys must be one number for all keys that
-// meet in a sum. Both are maxima of W x' without |x'|^2 / 2, so features may be small but not above m^(-1/2) (1 + eps).
+// phi(x) = m^(-1/2) (exp(W x' - |x'|^2 / 2 - s) + eps) with x' = x dim^(-1/4), m features. The stabiliser s of a query is
+// the largest number of its own W x' and cancels in a normalised output; that of the keys must be one number for all keys
+// that meet in a sum. Both are maxima of W x' without |x'|^2 / 2, so features may be small but not above m^(-1/2) (1 +
+// eps).
 namespace favor {
 
 FOVEA_INLINE float inverse_fourth_root(index_t dim) { return 1.f / std::sqrt(std::sqrt(static_cast<float>(dim))); }
@@ -412,6 +408,12 @@ inline void close_row(float* projected, index_t count, float scale, float norm, 
   feature_rows::each(projected, count, projected, [&](f32 p) {
     return (feature_rows::natural_exp(fma(p, f32(scale), f32(-stabiliser)) - f32(norm)) + f32(eps)) * f32(root);
   });
+}
+
+// W x of a row to relu(W x') + eps, in place.
+inline void close_relu_row(float* projected, index_t count, float scale, float eps) {
+  feature_rows::each(projected, count, projected,
+                     [&](f32 p) { return feature_rows::at_least(p * f32(scale), 0.f) + f32(eps); });
 }
 
 // |x'|^2 / 2.
@@ -455,9 +457,8 @@ struct FavorReluMap {
 
   index_t features(index_t) const { return projection.extent[1]; }
   void operator()(index_t head, index_t, const float* row, float* to) const {
-    const f32 scale(favor::inverse_fourth_root(projection.extent[2]));
     feature_rows::multiply(feature_rows::head_matrix(projection, head), row, to);
-    feature_rows::each(to, projection.extent[1], to, [&](f32 p) { return feature_rows::at_least(p * scale, 0.f) + f32(eps); });
+    favor::close_relu_row(to, projection.extent[1], favor::inverse_fourth_root(projection.extent[2]), eps);
   }
 };
 

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the tests of the recurrent layers share: weights as bf16 for the layer and as doubles for the recipe, tokens, states,
+// and the recipe's steps as plain loops in double.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "catch_compat.hpp"
+#include "fovea/modules/recurrent_layer.hpp"
+#include "fovea/reference/recurrence.hpp"
+#include "fovea/reference/short_conv.hpp"
+#include "support/executors.hpp"
+#include "support/poison.hpp"
+#include "support/random.hpp"
+
+namespace test::layer {
+
+using fovea::index_t;
+using fovea::Operand;
+using fovea::StateLayout;
+using fovea::Tensor;
+using fovea::View;
+
+inline std::size_t at(index_t n) { return static_cast<std::size_t>(n); }
+
+struct Matrix {
+  index_t rows = 0, columns = 0;
+  std::vector<fovea::bf16> stored;
+  std::vector<double> exact;
+
+  Matrix() = default;
+  Matrix(index_t rows_, index_t columns_, test::Random& random, float low, float high) : rows(rows_), columns(columns_) {
+    for (index_t n = 0; n < rows * columns; ++n) {
+      stored.push_back(fovea::convert<fovea::bf16>(random.uniform(low, high)));
+      exact.push_back(double{fovea::convert<float>(stored.back())});
+    }
+  }
+  // Of random signs and a size that keeps the sums near those of the inputs.
+  static Matrix weights(index_t rows, index_t columns, test::Random& random) {
+    const float size = 1.7f / std::sqrt(static_cast<float>(columns));
+    return {rows, columns, random, -size, size};
+  }
+  Operand view() const {
+    if (stored.empty()) return {};
+    return fovea::bhsd<const fovea::bf16>(stored.data(), 1, 1, rows, columns);
+  }
+  double operator()(index_t row, index_t column) const { return exact[at(row * columns + column)]; }
+};
+
+// Rows of numbers, all in double.
+struct Table {
+  index_t rows = 0, columns = 0;
+  std::vector<double> data;
+
+  Table(index_t rows_, index_t columns_) : rows(rows_), columns(columns_), data(at(rows_ * columns_)) {}
+  double& operator()(index_t row, index_t column) { return data[at(row * columns + column)]; }
+  double operator()(index_t row, index_t column) const { return data[at(row * columns + column)]; }
+  Tensor<double> heads(index_t first, index_t count, index_t dim) {   // [1, head, row, dim]
+    return {data.data() + first, {1, count, rows, dim}, {0, dim, columns, 1}};
+  }
+};
+
+inline Table product(const Table& x, const Matrix& w) {
+  Table y(x.rows, w.rows);
+  for (index_t t = 0; t < x.rows; ++t) {
+    for (index_t n = 0; n < w.rows; ++n) {
+      for (index_t d = 0; d < w.columns; ++d) y(t, n) += w(n, d) * x(t, d);
+    }
+  }
+  return y;
+}
+
+// Runs of `dim` numbers, each over its length.
+inline void normalise(Table& x, index_t first, index_t end, index_t dim) {
+  for (index_t t = 0; t < x.rows; ++t) {
+    for (index_t from = first; from < end; from += dim) {
+      double squares = 1e-6;
+      for (index_t d = from; d < from + dim; ++d) squares += x(t, d) * x(t, d);
+      for (index_t d = from; d < from + dim; ++d) x(t, d) /= std::sqrt(squares);
+    }
+  }
+}
+
+// RMSNorm of runs of `dim` numbers times their gate.
+template <class Gate>
+void close(Table& o, const Table& z, const Matrix& gain, index_t dim, double eps, const Gate& gate) {
+  for (index_t t = 0; t < o.rows; ++t) {
+    for (index_t from = 0; from < o.columns; from += dim) {
+      double squares = 0;
+      for (index_t d = from; d < from + dim; ++d) squares += o(t, d) * o(t, d);
+      const double factor = 1 / std::sqrt(squares / static_cast<double>(dim) + eps);
+      for (index_t d = from; d < from + dim; ++d) o(t, d) *= factor * gain(0, d - from) * gate(z(t, d));
+    }
+  }
+}
+
+// The states of some sequences, numbers of Real in place.
+template <class Real>
+struct States {
+  index_t sequences, heads, dim_k, dim_v, channels, kept;
+  StateLayout layout;
+  std::vector<Real> s, conv;
+
+  States(index_t sequences_, index_t heads_, index_t dim_k_, index_t dim_v_, index_t channels_, index_t kept_,
+         StateLayout layout_ = StateLayout::k_first)
+      : sequences(sequences_),
+        heads(heads_),
+        dim_k(dim_k_),
+        dim_v(dim_v_),
+        channels(channels_),
+        kept(kept_),
+        layout(layout_),
+        s(at(sequences * heads * dim_k * dim_v)),
+        conv(at(sequences * channels * kept)) {}
+  template <class Other>
+  explicit States(const States<Other>& o) : States(o.sequences, o.heads, o.dim_k, o.dim_v, o.channels, o.kept, o.layout) {
+    std::copy(o.s.begin(), o.s.end(), s.begin());
+    std::copy(o.conv.begin(), o.conv.end(), conv.begin());
+  }
+  void randomise(std::uint64_t seed) {
+    test::Random random(seed);
+    for (Real& x : s) x = Real(random.uniform(-0.3f, 0.3f));
+    for (Real& x : conv) x = Real(random.uniform(-1, 1));
+  }
+  View<Real, 4> state_view() {
+    const bool v_first = layout == StateLayout::v_first;
+    return fovea::bhsd(s.data(), sequences, heads, v_first ? dim_v : dim_k, v_first ? dim_k : dim_v);
+  }
+  View<Real, 3> conv_view() { return {conv.data(), {sequences, channels, kept}, {channels * kept, kept, 1}}; }
+  // Sequence n alone.
+  States one(index_t n) const {
+    States part(1, heads, dim_k, dim_v, channels, kept, layout);
+    std::copy_n(s.begin() + n * static_cast<index_t>(part.s.size()), part.s.size(), part.s.begin());
+    std::copy_n(conv.begin() + n * static_cast<index_t>(part.conv.size()), part.conv.size(), part.conv.begin());
+    return part;
+  }
+};
+
+inline std::vector<float> tokens(index_t count, index_t model, std::uint64_t seed) {
+  test::Random random(seed);
+  std::vector<float> x;
+  for (index_t n = 0; n < count * model; ++n) x.push_back(random.uniform(-1.7f, 1.7f));
+  return x;
+}
+
+inline Table table_of(const std::vector<float>& x, index_t model) {
+  Table table(static_cast<index_t>(x.size()) / model, model);
+  std::copy(x.begin(), x.end(), table.data.begin());
+  return table;
+}
+
+// sqrt(sum of squared differences / sum of squares); a NaN is infinitely far.
+template <class A, class B>
+double distance(const A& got, const B& wanted) {
+  REQUIRE(got.size() == wanted.size());
+  double difference = 0, size = 0;
+  for (std::size_t n = 0; n < got.size(); ++n) {
+    const double d = double(got[n]) - double(wanted[n]);
+    difference += d * d;
+    size += double(wanted[n]) * double(wanted[n]);
+  }
+  const double relative = difference == 0 ? 0 : std::sqrt(difference / size);
+  return std::isnan(relative) ? HUGE_VAL : relative;
+}
+
+// The relative RMS error that an fp32 engine may have.
+inline constexpr double kClose = 1e-5;
+
+inline std::vector<index_t> cumulative(const std::vector<index_t>& lengths) {
+  std::vector<index_t> cu{0};
+  for (const index_t len : lengths) cu.push_back(cu.back() + len);
+  return cu;
+}
+
+}   // namespace test::layer
