@@ -34,7 +34,8 @@ inline Status check_scan_channels(const char* name, index_t channels) {
 
 // A parameter that may not be absent.
 template <class T, int Rank>
-Status check_parameter(const char* name, const View<T, Rank>& view, const std::array<index_t, Rank>& want, Memory& memory) {
+Status check_parameter(const char* name, const View<T, Rank>& view, const decltype(View<T, Rank>::extent)& want,
+                       Memory& memory) {
   if (view.data == nullptr) return invalid("fovea: %s has null data", name);
   return check_like(name, view, want, memory);
 }

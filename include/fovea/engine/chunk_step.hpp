@@ -216,9 +216,9 @@ class StepTask {
       spec_.decay.alpha(at_, m_.alpha, dim_);
       std::fill(m_.alpha + run_.shape.dim_k, m_.alpha + dim_, 1.f);
     } else {
-      float alpha = 1.f;
-      if constexpr (DecayOf::kind != Decayed::none) spec_.decay.alpha(at_, &alpha, 1);
-      std::fill_n(m_.alpha, dim_, alpha);
+      m_.alpha[0] = 1.f;
+      if constexpr (DecayOf::kind != Decayed::none) spec_.decay.alpha(at_, m_.alpha, 1);
+      std::fill(m_.alpha + 1, m_.alpha + dim_, m_.alpha[0]);
     }
   }
 

@@ -27,7 +27,7 @@ inline float transnormer_slope(index_t head, index_t heads, index_t layer, index
 // q [batch, q_head, pos, dim_k], k [batch, k_head, pos, dim_k], v [batch, v_head, pos, dim_v], out [batch, out_head, pos,
 // dim_v] (core/recurrent.hpp: heads, states, ragged batches). Nothing is written before every check has passed; out must not
 // overlap anything.
-// slopes [state_head], s_h >= 0; the two published tables below differ.
+// slopes [state_head], s_h >= 0; the two published tables above differ.
 inline Status lightning(const Operand& q, const Operand& k, const Operand& v, std::span<const float> slopes, const Result& out,
                         const RecurrentOptions<float>& options = {}) {
   door::Memory memory;

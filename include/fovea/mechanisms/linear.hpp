@@ -2,7 +2,7 @@
 // Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236):
 //   S_t = S_{t-1} + phi(k_t) v_t',  z_t = z_{t-1} + phi(k_t),  o_t = S_t' phi(q_t) / (phi(q_t) . z_t + eps).
 // phi is a functor on rows (engine/parts/feature_maps.hpp has the published ones):
-//   fovea::linear_attention(q, k, v, out, {}, fovea::EluPlusOne{dim});
+//   fovea::linear_attention(q, k, v, out, {}, {}, fovea::EluMap{dim});
 #pragma once
 #include "../call/chunk_call.hpp"
 #include "../engine/parts/decays.hpp"
@@ -23,10 +23,10 @@ struct IdentityFeatures {
 // A feature map has index_t features(index_t dim) and operator()(head, pos, row, features), head being that of q or of k. The
 // states have features(dim) rows. Scale is 1 if normalised, else 1/sqrt(features). Not causal: every token reads the state
 // after the sequence's last one.
-template <class QueryMap = IdentityFeatures, class KeyMap = QueryMap>
+template <class QueryMap, class KeyMap>
 Status linear_attention(const Operand& q, const Operand& k, const Operand& v, const Result& out,
-                        const LinearOptions<float>& linear, const RecurrentOptions<float>& options = {},
-                        const QueryMap& query_map = {}, const KeyMap& key_map = {}) {
+                        const LinearOptions<float>& linear, const RecurrentOptions<float>& options,
+                        const QueryMap& query_map, const KeyMap& key_map) {
   door::Memory memory;
   const index_t features = key_map.features(k.extent[3]);
   if (query_map.features(q.extent[3]) != features || features < 1)
@@ -43,14 +43,20 @@ Status linear_attention(const Operand& q, const Operand& k, const Operand& v, co
   if (Status s = door::check_like("final_key_sum", linear.final_key_sum, sums, memory); !s.ok()) return s;
   memory.may_be("final_key_sum", "initial_key_sum");
   if (Status s = memory.check_apart(); !s.ok()) return s;
-  if (!linear.normalize) {
+  if (!linear.normalize && !linear.initial_key_sum && !linear.final_key_sum) {
     const ChunkSpec<NoDecay, Additive, Inclusive, Plain> spec{{}, {}, {}, {}};
     return door::run_recurrent(run, spec, options);
   }
   run.initial_key_sum = linear.initial_key_sum;
   run.final_key_sum = linear.final_key_sum;
-  const ChunkSpec<NoDecay, Additive, Inclusive, Normalized> spec{{}, {}, {}, {linear.eps, linear.clamp_denominator}};
+  const ChunkSpec<NoDecay, Additive, Inclusive, Normalized> spec{{}, {}, {}, {linear.eps, linear.clamp_denominator, linear.normalize}};
   return door::run_recurrent(run, spec, options);
+}
+
+template <class Map = IdentityFeatures>
+Status linear_attention(const Operand& q, const Operand& k, const Operand& v, const Result& out,
+                        const LinearOptions<float>& linear, const RecurrentOptions<float>& options = {}, const Map& map = {}) {
+  return linear_attention(q, k, v, out, linear, options, map, map);
 }
 
 }   // namespace FOVEA_ARCH

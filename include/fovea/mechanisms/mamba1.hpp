@@ -84,37 +84,6 @@ struct SelectiveScan {
   }
 };
 
-inline Status check(const Operand& x, const Operand& b, const Operand& c, const Mamba1Parameters<float>& p, const Result& y,
-                    const RecurrentShape& s, const RecurrentOptions<float>& options) {
-  door::Memory memory;
-  if (s.q_heads < 1 || s.k_heads < 1 || s.v_heads < 1)
-    return door::invalid("fovea: x groups (%td), b groups (%td) and c groups (%td) must be positive", s.v_heads, s.k_heads,
-                         s.q_heads);
-  if (s.state_heads % s.k_heads != 0 || s.state_heads % s.v_heads != 0)
-    return door::invalid("fovea: b groups (%td) and x groups (%td) do not divide each other", s.k_heads, s.v_heads);
-  if (s.out_heads % s.q_heads != 0 || s.out_heads % s.state_heads != 0)
-    return door::invalid("fovea: c groups (%td) and states (%td) do not divide each other", s.q_heads, s.state_heads);
-  if (Status status = door::check_scan_channels("x", s.dim_v); !status.ok()) return status;
-  if (s.dim_k < 1 || s.dim_k > door::kMaxRecurrentDim)
-    return door::unsupported("fovea: dim_state %td, 1 to %td are supported", s.dim_k, door::kMaxRecurrentDim);
-  if (Status status = door::check_scan_input("x", x, {s.batch, s.v_heads, s.len, s.dim_v}, "itself", memory); !status.ok())
-    return status;
-  if (Status status = door::check_scan_input("b", b, {s.batch, s.k_heads, s.len, s.dim_k}, "x", memory); !status.ok())
-    return status;
-  if (Status status = door::check_scan_input("c", c, {s.batch, s.q_heads, s.len, s.dim_k}, "x and b", memory); !status.ok())
-    return status;
-  if (Status status = door::check_scan_output("y", y, {s.batch, s.out_heads, s.len, s.dim_v}, "x, b and c", memory);
-      !status.ok())
-    return status;
-  if (Status status = door::check_gate("dt", p.dt, s, s.state_heads, s.dim_v, s.dim_v, memory); !status.ok()) return status;
-  if (Status status = door::check_parameter("a", p.a, {s.state_heads, s.dim_v, s.dim_k}, memory); !status.ok()) return status;
-  if (Status status = door::check_like("d", p.d, std::array<index_t, 2>{s.state_heads, s.dim_v}, memory); !status.ok())
-    return status;
-  if (Status status = door::check_how(s, options); !status.ok()) return status;
-  if (Status status = door::check_states(s, options, memory); !status.ok()) return status;
-  return memory.check_apart();
-}
-
 inline Scan<SelectiveScan> plan(const Operand& x, const Operand& b, const Operand& c, const Mamba1Parameters<float>& p,
                                 const Result& y, const RecurrentOptions<float>& options) {
   const RecurrentShape shape = door::recurrent_shape(c, b, x, options);
@@ -126,6 +95,38 @@ inline Scan<SelectiveScan> plan(const Operand& x, const Operand& b, const Operan
           {door::tidy_operand(x), door::tidy_operand(Operand(p.dt))},
           {door::tidy_operand(b), door::tidy_operand(c)},
           door::tidy_operand(y)};
+}
+
+inline Status check(const Scan<SelectiveScan>& scan, const View<const float, 4>& dt, RecurrentOptions<float> options) {
+  door::Memory memory;
+  const RecurrentShape& s = scan.shape;
+  if (s.q_heads < 1 || s.k_heads < 1 || s.v_heads < 1)
+    return door::invalid("fovea: x groups (%td), b groups (%td) and c groups (%td) must be positive", s.v_heads, s.k_heads,
+                         s.q_heads);
+  if (s.state_heads % s.k_heads != 0 || s.state_heads % s.v_heads != 0)
+    return door::invalid("fovea: b groups (%td) and x groups (%td) do not divide each other", s.k_heads, s.v_heads);
+  if (s.out_heads % s.q_heads != 0 || s.out_heads % s.state_heads != 0)
+    return door::invalid("fovea: c groups (%td) and states (%td) do not divide each other", s.q_heads, s.state_heads);
+  if (Status status = door::check_scan_channels("x", s.dim_v); !status.ok()) return status;
+  if (s.dim_k < 1 || s.dim_k > door::kMaxRecurrentDim)
+    return door::unsupported("fovea: dim_state %td, 1 to %td are supported", s.dim_k, door::kMaxRecurrentDim);
+  const std::array<index_t, 4> x_extent{s.batch, s.v_heads, s.len, s.dim_v}, b_extent{s.batch, s.k_heads, s.len, s.dim_k},
+      c_extent{s.batch, s.q_heads, s.len, s.dim_k}, y_extent{s.batch, s.out_heads, s.len, s.dim_v};
+  if (Status status = door::check_scan_input("x", scan.channel[0], x_extent, "itself", memory); !status.ok()) return status;
+  if (Status status = door::check_scan_input("b", scan.shared[0], b_extent, "x", memory); !status.ok()) return status;
+  if (Status status = door::check_scan_input("c", scan.shared[1], c_extent, "x and b", memory); !status.ok()) return status;
+  if (Status status = door::check_scan_output("y", scan.out, y_extent, "x, b and c", memory); !status.ok()) return status;
+  if (Status status = door::check_gate("dt", dt, s, s.state_heads, s.dim_v, s.dim_v, memory); !status.ok()) return status;
+  if (Status status = door::check_parameter("a", scan.policy.a, {s.state_heads, s.dim_v, s.dim_k}, memory); !status.ok())
+    return status;
+  if (Status status = door::check_like("d", scan.policy.d, std::array<index_t, 2>{s.state_heads, s.dim_v}, memory);
+      !status.ok())
+    return status;
+  if (Status status = door::check_how(s, options); !status.ok()) return status;
+  options.initial_state = scan.policy.initial;
+  options.final_state = scan.policy.final;
+  if (Status status = door::check_states(s, options, memory); !status.ok()) return status;
+  return memory.check_apart();
 }
 
 }   // namespace mamba1_parts
@@ -143,15 +144,8 @@ inline std::size_t mamba1_workspace_bytes(index_t dim_state, int lanes = 1) {
 // chunk say nothing here; scale multiplies C and is 1 by itself. y may overlap nothing.
 inline Status mamba1(const Operand& x, const Operand& b, const Operand& c, const Mamba1Parameters<float>& parameters,
                      const Result& y, const RecurrentOptions<float>& options = {}) {
-  const auto scan = mamba1_parts::plan(x, b, c, parameters, y, options);
-  const Scan<mamba1_parts::SelectiveScan>& s = scan;
-  RecurrentOptions<float> tidied = options;
-  tidied.initial_state = s.policy.initial;
-  tidied.final_state = s.policy.final;
-  Mamba1Parameters<float> tidied_parameters{tidy(parameters.dt), s.policy.a, s.policy.d};
-  if (Status status = mamba1_parts::check(s.channel[0], s.shared[0], s.shared[1], tidied_parameters, s.out, s.shape, tidied);
-      !status.ok())
-    return status;
+  const Scan<mamba1_parts::SelectiveScan> scan = mamba1_parts::plan(x, b, c, parameters, y, options);
+  if (Status status = mamba1_parts::check(scan, tidy(parameters.dt), options); !status.ok()) return status;
   return door::run_scan(scan, options);
 }
 

@@ -24,6 +24,20 @@ FOVEA_INLINE f32 exp2(f32 t, float lowest = -126.f) {
   return times_exp2_floor(p, t, lowest);
 }
 
+// The same for factors that a recurrence multiplies thousands of times: relative error 1.6e-8 before rounding and none near
+// t = 0, where exp2 is 9e-8 too small on average (a decay of 1e-3 a token over 4096 tokens: 9e-5 in the result, with this
+// 1e-6). One FMA more. At most 2 ULP (1.4 found).
+FOVEA_INLINE f32 exp2_centred(f32 t, float lowest = -126.f) {
+  const f32 x = from_nearest(t);
+  f32 p = fma(x, f32(1.5353520575445145e-4f), f32(1.3398887822404504e-3f));
+  p = fma(x, p, f32(9.6184369176626205e-3f));
+  p = fma(x, p, f32(5.5503323674201965e-2f));
+  p = fma(x, p, f32(0.24022647738456726f));
+  p = fma(x, p, f32(0.69314718246459961f));
+  p = fma(x, p, f32(1.f));
+  return times_exp2_floor(p, t - x, lowest);
+}
+
 FOVEA_INLINE float exp2(float t, float lowest = -126.f) { return first_lane(exp2(f32(t), lowest)); }
 
 // tanh(x). |x| < 0.625: odd polynomial, relative error 4.4e-9 before rounding. Beyond: 1 - 2 / (1 + e^2|x|). A vector whose

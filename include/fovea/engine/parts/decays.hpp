@@ -30,8 +30,8 @@ struct HeadDecay {
 // e^x for numbers in place.
 FOVEA_INLINE void exponentials(float* numbers, index_t count) {
   index_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(numbers + i, exp2(load(numbers + i) * f32(kLog2e)));
-  if (i < count) store_some(numbers + i, exp2(load_some(numbers + i, count - i) * f32(kLog2e)), count - i);
+  for (; i + kLanes <= count; i += kLanes) store(numbers + i, exp2_centred(load(numbers + i) * f32(kLog2e)));
+  if (i < count) store_some(numbers + i, exp2_centred(load_some(numbers + i, count - i) * f32(kLog2e)), count - i);
 }
 
 // The gate of a call; Kind is token or key.
@@ -62,8 +62,8 @@ struct GateDecay {
         index_t d = 0;
         if (gate.stride[3] == 1) {
           if (form == DecayForm::log) {
-            for (; d + kLanes <= dim_k; d += kLanes) store(row + d, exp2(load(from + d) * f32(kLog2e)));
-            if (d < dim_k) store_some(row + d, exp2(load_some(from + d, dim_k - d) * f32(kLog2e)), dim_k - d);
+            for (; d + kLanes <= dim_k; d += kLanes) store(row + d, exp2_centred(load(from + d) * f32(kLog2e)));
+            if (d < dim_k) store_some(row + d, exp2_centred(load_some(from + d, dim_k - d) * f32(kLog2e)), dim_k - d);
             continue;
           }
           for (; d + kLanes <= dim_k; d += kLanes) store(row + d, load(from + d));

@@ -37,13 +37,16 @@ struct Plain {
   static constexpr bool divides = false, skips = false;
 };
 
-// o / (sum + eps), or max(sum, eps): linear attention.
+// o / (sum + eps), or max(sum, eps): linear attention. Not dividing, only the key sum is kept.
 struct Normalized {
   static constexpr bool divides = true, skips = false;
   float eps;
-  bool clamp;
+  bool clamp, divide;
 
-  FOVEA_INLINE float divisor(const ChunkPlace&, index_t, float sum) const { return clamp ? std::max(sum, eps) : sum + eps; }
+  FOVEA_INLINE float divisor(const ChunkPlace&, index_t, float sum) const {
+    if (!divide) return 1.f;
+    return clamp ? std::max(sum, eps) : sum + eps;
+  }
 };
 
 // o / (max(|sum|, e^-m) + eps): mLSTM.

@@ -51,6 +51,7 @@ FOVEA_INLINE float reduce_max(f32 v) {
 }
 
 FOVEA_INLINE f32 above_floor(f32 t) { return _mm256_sub_ps(t, _mm256_floor_ps(t)); }
+FOVEA_INLINE f32 from_nearest(f32 t) { return _mm256_sub_ps(t, _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 
 // 0 where t < lowest (at least -126: below, the exponent field is clamped), inf from 2^128 on.
 FOVEA_INLINE f32 times_exp2_floor(f32 x, f32 t, float lowest) {

@@ -53,6 +53,7 @@ FOVEA_INLINE float reduce_add(f32 v) { return _mm512_reduce_add_ps(v); }
 FOVEA_INLINE float reduce_max(f32 v) { return _mm512_reduce_max_ps(v); }
 
 FOVEA_INLINE f32 above_floor(f32 t) { return _mm512_reduce_ps(t, 0x09); }   // 0x09: t - floor(t), no exceptions raised
+FOVEA_INLINE f32 from_nearest(f32 t) { return _mm512_reduce_ps(t, 0x08); }   // t - round(t)
 
 // Not less than `lowest`: a NaN passes.
 FOVEA_INLINE f32 times_exp2_floor(f32 x, f32 t, float lowest) {

@@ -68,6 +68,7 @@ FOVEA_INLINE float reduce_max(f32 v) {
 
 // t - floor(t) and x * 2^floor(t), the two halves of exp2. 0 where t < lowest (at least -126), inf from 2^128 on.
 FOVEA_INLINE f32 above_floor(f32 t) { return t - xsimd::floor(t); }
+FOVEA_INLINE f32 from_nearest(f32 t) { return t - xsimd::nearbyint(t); }
 FOVEA_INLINE f32 times_exp2_floor(f32 x, f32 t, float lowest) {
   const f32 low = xsimd::select(t < f32(-127.f), f32(-127.f), t);
   const i32 exponent = xsimd::to_int(xsimd::floor(xsimd::select(low < f32(128.f), low, f32(128.f)))) + i32(127);
