@@ -128,7 +128,7 @@ Status check_type(const char* name, const T& tensor, OnnxType type) {
 template <class T>
 Status check_plain(const char* name, const T& tensor) {
   if (is_plain(tensor.type)) return {};
-  return invalid("fovea: onnx: %s has element type %d, the operator takes 1, 10, 11 and 16", name,
+  return invalid("fovea: onnx: %s has element type %d, must be 1, 10, 11 or 16", name,
                  static_cast<int>(tensor.type));
 }
 

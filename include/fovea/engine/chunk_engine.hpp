@@ -9,6 +9,7 @@
 #pragma once
 #include "../simd/math.hpp"
 #include "chunk_memory.hpp"
+#include "chunk_tables.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -111,8 +112,7 @@ class ChunkTask {
       const index_t head = state_head(run_, place_.group, member);
       at_ = {place_.sequence, place_.tokens.batch, head, begin, count};
       load_keys(shared_head(head, shape.state_heads, shape.k_heads, run_.head_map));
-      load_values(run_, place_, shared_head(head, shape.state_heads, shape.v_heads, run_.head_map), begin, count, stride_, rows_,
-                  m_.row, m_.v);
+      find_values(shared_head(head, shape.state_heads, shape.v_heads, run_.head_map));
       plan_ahead(member);
       prepare_gates();
       prepare_keys();
@@ -167,52 +167,42 @@ class ChunkTask {
     for (work_ += rows * depth; work_ >= work_per_row_; work_ -= work_per_row_) ahead_.ask();
   }
 
-  // to[j, i] = sum_d left[d, j] right[d, i] for the vectors of i that reach the diagonal.
-  void scores(const float* left, const float* right, float* to) const {
-    for (index_t j = 0; j < rows_;) {
-      const index_t first = j;
-      for (index_t i = first / kLanes * kLanes; i < rows_; i += kPanel) {
-        const ProductTerm term{left + first, stride_, right + i, stride_, run_.shape.dim_k};
-        index_t tile = 0;
-        if (rows_ - i >= kPanel) {
-          tile = with_tile_rows(rows_ - first, [&](auto rows) {
-            product_tile<rows.value, kPanelVectors>(&term, 1, {}, to + first * stride_ + i, stride_);
-          });
-        } else {
-          tile = with_tile_rows(rows_ - first, [&](auto rows) {
-            product_tile<rows.value, 1>(&term, 1, {}, to + first * stride_ + i, stride_);
-          });
-        }
-        j = first + tile;
-      }
+  // A delta rule reads each value once, so whole panels are read where they lie.
+  void find_values(index_t head) {
+    const Operand& v = run_.v;
+    direct_values_ = kDelta && in_place(v.format, v.stride[3]) && at_.count == rows_ && run_.shape.dim_v % kPanel == 0;
+    values_ = {m_.v, kPanel};
+    if (direct_values_) {
+      values_ = {reinterpret_cast<const float*>(row_at(v, at_.batch, head, at_.begin)) + place_.first_panel * kPanel, v.stride[2]};
+      return;
     }
+    load_values(run_, place_, head, at_.begin, at_.count, stride_, rows_, m_.row, m_.v);
+  }
+  const float* values(index_t p) const { return values_.data + p * (direct_values_ ? kPanel : stride_ * kPanel); }
+
+  // Rows of whole vectors are turned where they lie; others are copied first.
+  RowsAt find_rows(const Operand& x, const RowMap& map, index_t head, float* copy) const {
+    if (!kByKey && map.apply == nullptr && in_place(x.format, x.stride[3]) && at_.count == rows_ && run_.shape.dim_k == dim_)
+      return {reinterpret_cast<const float*>(row_at(x, at_.batch, head, at_.begin)), x.stride[2]};
+    load_rows(x, map, at_.batch, head, at_.begin, at_.count, run_.shape.dim_k, dim_, rows_, 1.f, m_.row, copy);
+    return {copy, dim_};
   }
 
-  // to[j, i] = from[j, i] (times the factors between the tokens) where i > j, or i >= j; 0 elsewhere.
+  void scores(const float* left, const float* right, float* to) const {
+    chunk_scores(left, right, run_.shape.dim_k, rows_, stride_, to);
+  }
   template <bool WithDiagonal>
-  void keep_lower(const float* from, bool factors, float* to) const {
-    const i32 numbers = lane_numbers();
-    for (index_t j = 0; j < rows_; ++j) {
-      const i32 bound(static_cast<std::int32_t>(WithDiagonal ? j - 1 : j));
-      for (index_t i = 0; i < rows_; i += kLanes) {
-        if (i + kLanes <= j) {
-          store(to + j * stride_ + i, f32(0.f));
-          continue;
-        }
-        f32 x = load(from + j * stride_ + i);
-        if (factors) x = x * load(m_.decays + j * stride_ + i);
-        store(to + j * stride_ + i, select(as_keep(numbers + i32(static_cast<std::int32_t>(i)) > bound), x, f32(0.f)));
-      }
-    }
+  void keep_lower(const float* from, bool factors, float scale, float* to) const {
+    keep_triangle<WithDiagonal>(from, factors ? m_.decays : nullptr, scale, rows_, stride_, to);
   }
 
   void load_keys(index_t head) {
     if (loaded_k_ == head) return;
     loaded_k_ = head;
     loaded_q_ = -1;   // raw scores are of both
-    load_rows(run_.k, run_.k_map, at_.batch, head, at_.begin, at_.count, run_.shape.dim_k, dim_, rows_, 1.f, m_.row, m_.k_rows);
+    keys_ = find_rows(run_.k, run_.k_map, head, m_.k_rows);
     if constexpr (!kByKey) {
-      transpose_rows(m_.k_rows, dim_, rows_, dim_, m_.k_t, stride_);
+      transpose_rows(keys_.data, keys_.stride, rows_, dim_, m_.k_t, stride_);
       if constexpr (kDelta) scores(m_.k_t, m_.k_t, m_.kk);
     }
   }
@@ -226,13 +216,17 @@ class ChunkTask {
       spec_.decay.alpha(at_, m_.alpha, 1);
       std::fill(m_.alpha + at_.count, m_.alpha + rows_, 1.f);
       float product = 1.f;
-      for (index_t i = 0; i < rows_; ++i) m_.prefix[i] = product = product * m_.alpha[i];
+      for (index_t i = 0; i < rows_; ++i) {
+        m_.prefix[i] = product = product * m_.alpha[i];
+        m_.read_prefix[i] = product * run_.scale;
+      }
       std::fill_n(m_.total, dim_, product);
       product = 1.f;
       for (index_t j = rows_; j-- > 0; product *= m_.alpha[j]) m_.suffix[j] = product;
-      prepare_decays();
+      decay_table(m_.alpha, rows_, stride_, m_.weights, m_.decays);   // weights are free until the queries come
     } else {
       std::fill_n(m_.total, dim_, 1.f);
+      std::fill_n(m_.read_prefix, rows_, run_.scale);
     }
     if constexpr (UpdateOf::kind == Written::additive) {
       if constexpr (UpdateOf::kGain) {
@@ -241,28 +235,6 @@ class ChunkTask {
       }
     }
     if constexpr (kDelta) prepare_beta();
-  }
-
-  // decays[j, i] = alpha_{j + 1} .. alpha_i, by rows i (each is the row before times alpha_i) and then turned.
-  void prepare_decays() const {
-    float* const table = m_.weights;   // free until the queries come
-    for (index_t i = 0; i < rows_; ++i) {
-      const f32 factor(m_.alpha[i]);
-      float* const row = table + i * stride_;
-      for (index_t j = 0; j <= i; j += kLanes) store(row + j, i == 0 ? f32(0.f) : load(row - stride_ + j) * factor);
-      if (i % kLanes == 0) store(row + i, f32(0.f));
-      row[i] = 1.f;
-    }
-    for (index_t i = 0; i < rows_; i += kLanes) {
-      for (index_t j = 0; j <= i; j += kLanes) {
-        f32 cells[kLanes];
-        FOVEA_UNROLL
-        for (index_t r = 0; r < kLanes; ++r) cells[r] = load(table + (i + r) * stride_ + j);
-        transpose(cells);
-        FOVEA_UNROLL
-        for (index_t c = 0; c < kLanes; ++c) store(m_.decays + (j + c) * stride_ + i, cells[c]);
-      }
-    }
   }
 
   // W = -beta (-V + ..): the sums of the solve start from -V, so that no operand needs a sign.
@@ -292,8 +264,7 @@ class ChunkTask {
       return;
     }
     if constexpr (kDelta) {
-      keep_lower<false>(m_.kk, kDecays, m_.lower);
-      if constexpr (kDecays) scale_columns(m_.k_t, m_.prefix, m_.a_state);
+      keep_lower<false>(m_.kk, kDecays, 1.f, m_.lower);
     }
     if constexpr (kDecays || has_gain()) {
       for (index_t j = 0; j < rows_; ++j) {
@@ -301,7 +272,7 @@ class ChunkTask {
         if constexpr (kDecays) by = m_.suffix[j];
         if constexpr (has_gain()) by *= m_.gain[j];
         const f32 factor(by);
-        for (index_t d = 0; d < dim_; d += kLanes) store(m_.k_out + j * dim_ + d, load(m_.k_rows + j * dim_ + d) * factor);
+        for (index_t d = 0; d < dim_; d += kLanes) store(m_.k_out + j * dim_ + d, load(keys_.data + j * keys_.stride + d) * factor);
       }
     }
   }
@@ -310,25 +281,12 @@ class ChunkTask {
     return false;
   }
 
-  // to[d, i] = from[d, i] by[i].
-  void scale_columns(const float* from, const float* by, float* to) const {
-    for (index_t i = 0; i < rows_; i += kPanel) {
-      const bool two = rows_ - i >= kPanel;
-      const f32 first = load(by + i), second = two ? load(by + i + kLanes) : f32(0.f);
-      for (index_t d = 0; d < run_.shape.dim_k; ++d) {
-        store(to + d * stride_ + i, load(from + d * stride_ + i) * first);
-        if (two) store(to + d * stride_ + i + kLanes, load(from + d * stride_ + i + kLanes) * second);
-      }
-    }
-  }
-
   void load_queries(index_t head) {
     if (loaded_q_ == head) return;
     loaded_q_ = head;
-    load_rows(run_.q, run_.q_map, at_.batch, head, at_.begin, at_.count, run_.shape.dim_k, dim_, rows_, run_.scale, m_.row,
-              m_.q_rows);
+    const RowsAt queries = find_rows(run_.q, run_.q_map, head, m_.q_rows);
     if constexpr (!kByKey) {
-      transpose_rows(m_.q_rows, dim_, rows_, dim_, m_.q_t, stride_);
+      transpose_rows(queries.data, queries.stride, rows_, dim_, m_.q_t, stride_);
       if (writes_) scores(m_.k_t, m_.q_t, m_.qk);
     }
   }
@@ -339,7 +297,7 @@ class ChunkTask {
       prepare_queries_by_channel();
     } else {
       if (writes_) {
-        keep_lower<true>(m_.qk, kDecays, m_.weights);
+        keep_lower<true>(m_.qk, kDecays, run_.scale, m_.weights);
         if constexpr (has_gain()) {
           for (index_t j = 0; j < rows_; ++j) {
             const f32 factor(m_.gain[j]);
@@ -348,14 +306,14 @@ class ChunkTask {
           }
         }
       }
-      if constexpr (kDecays) scale_columns(m_.q_t, m_.prefix, m_.q_state);
     }
     if constexpr (CloseOf::divides) prepare_divisors(member);
   }
 
-  const float* state_queries() const { return kByKey || kDecays ? m_.q_state : m_.q_t; }
-  const float* state_removals() const { return kByKey || kDecays ? m_.a_state : m_.k_t; }
-  const float* written_keys() const { return kByKey || kDecays || has_gain() ? m_.k_out : m_.k_rows; }
+  // Operands of the products with the state; factors per token are left to the products (read_prefix, prefix).
+  const float* state_queries() const { return kByKey ? m_.q_state : m_.q_t; }
+  const float* state_removals() const { return kByKey ? m_.a_state : m_.k_t; }
+  RowsAt written_keys() const { return kByKey || kDecays || has_gain() ? RowsAt{m_.k_out, dim_} : keys_; }
 
   // ---- factors per key channel
 
@@ -378,20 +336,22 @@ class ChunkTask {
     }
     if constexpr (kDelta) read_rows<false>(m_.k_rows, m_.a_t, m_.a_state);
     if constexpr (kLowRank) read_rows<true>(m_.a_rows, m_.a_t, m_.a_state);
-    if constexpr (kDelta) channel_scores<false, false>(m_.k_rows, m_.a_t, m_.k_rows, m_.k_t, m_.lower);
+    if constexpr (kDelta) channel_scores<false, false>(m_.k_rows, m_.a_t, m_.k_rows, m_.k_t, 1.f, m_.lower);
     if constexpr (kLowRank) {
-      channel_scores<true, false>(m_.a_rows, m_.a_t, m_.b_rows, m_.b_t, m_.lower);
-      channel_scores<true, false>(m_.a_rows, m_.a_t, m_.k_rows, m_.k_t, m_.lower_v);
+      channel_scores<true, false>(m_.a_rows, m_.a_t, m_.b_rows, m_.b_t, 1.f, m_.lower);
+      channel_scores<true, false>(m_.a_rows, m_.a_t, m_.k_rows, m_.k_t, 1.f, m_.lower_v);
     }
   }
 
   void prepare_queries_by_channel() {
+    const float scale = run_.scale;
+    std::fill_n(m_.read_prefix, rows_, scale);
     read_rows<ReadOf::exclusive>(m_.q_rows, m_.q_t, m_.q_state);
-    channel_scores<ReadOf::exclusive, !ReadOf::exclusive>(m_.q_rows, m_.q_t, m_.k_rows, m_.k_t, m_.weights);
-    if constexpr (kLowRank) channel_scores<false, true>(m_.q_rows, m_.q_t, m_.b_rows, m_.b_t, m_.weights_b);
+    channel_scores<ReadOf::exclusive, !ReadOf::exclusive>(m_.q_rows, m_.q_t, m_.k_rows, m_.k_t, scale, m_.weights);
+    if constexpr (kLowRank) channel_scores<false, true>(m_.q_rows, m_.q_t, m_.b_rows, m_.b_t, scale, m_.weights_b);
     if constexpr (ReadOf::exclusive) {
       spec_.read.bonus(at_, m_.q_rows, m_.k_rows, dim_, m_.divisor);
-      for (index_t i = 0; i < at_.count; ++i) m_.weights[i * stride_ + i] = m_.divisor[i];
+      for (index_t i = 0; i < at_.count; ++i) m_.weights[i * stride_ + i] = m_.divisor[i] * scale;
     }
   }
 
@@ -482,12 +442,13 @@ class ChunkTask {
     turn(rows, m_.row_factor, kShift, state_rows);
   }
 
-  // to[j, i] = sum_d write[j, d] (factors between) read[i, d] for i > j, or i >= j; 0 elsewhere.
+  // to[j, i] = scale sum_d write[j, d] (factors between) read[i, d] for i > j, or i >= j; 0 elsewhere.
   template <bool Exclusive, bool WithDiagonal>
-  void channel_scores(const float* read, const float* read_t, const float* write, const float* write_t, float* to) const {
+  void channel_scores(const float* read, const float* read_t, const float* write, const float* write_t,
+                      float scale, float* to) const {
     if (factored_) {
       scores(write_t, read_t, m_.decays);
-      keep_lower<WithDiagonal>(m_.decays, false, to);
+      keep_lower<WithDiagonal>(m_.decays, false, scale, to);
       return;
     }
     float* const decayed = m_.scratch_rows;
@@ -506,7 +467,7 @@ class ChunkTask {
           }
           if constexpr (!Exclusive) sum = fma(key, x, sum);
         }
-        to[j * stride_ + i] = reduce_add(sum);
+        to[j * stride_ + i] = reduce_add(sum) * scale;
       }
     }
   }
@@ -525,7 +486,6 @@ class ChunkTask {
   void transform(index_t member, index_t p) {
     if constexpr (!kSolves) return;
     if constexpr (kSolves) {
-      const float* const v = m_.v + p * stride_ * kPanel;
       float* const w = m_.w + p * stride_ * kPanel;
       const float* beta = m_.beta;
       index_t beta_stride = 0;
@@ -549,9 +509,10 @@ class ChunkTask {
             const ProductTerm terms[3] = {
                 {state_removals() + first, stride_, state(member, p), kPanel, run_.shape.dim_k},
                 {m_.lower + first, stride_, w, kPanel, first},
-                {kLowRank ? m_.lower_v + first : nullptr, stride_, v, kPanel, first + rows.value}};
+                {kLowRank ? m_.lower_v + first : nullptr, stride_, values(p), kPanel, first + rows.value}};
             ProductBase from;
-            if constexpr (kDelta) from = {v + first * kPanel, kPanel, -1.f};
+            if constexpr (kDelta) from = {values(p) + first * values_.stride, values_.stride, -1.f};
+            if constexpr (kDelta && kDecays && !kByKey) from.first_by_row = m_.prefix + first;
             solve_tile<rows.value, vectors.value>(terms, kLowRank ? 3 : 2, from, m_.lower + first * stride_ + first, stride_,
                                                   beta + (beta_stride == 0 ? first : first * kPanel), beta_stride,
                                                   w + first * kPanel, kPanel);
@@ -564,43 +525,49 @@ class ChunkTask {
 
   void output(index_t out, index_t member, index_t p) {
     const index_t panel = place_.first_panel + p, columns = panel_columns(run_, panel);
-    const float* const v = m_.v + p * stride_ * kPanel;
     const float* const w = m_.w + p * stride_ * kPanel;
+    std::byte* const row = row_at(run_.out, at_.batch, out, at_.begin) +
+                           panel * kPanel * run_.out.stride[3] * row_bytes(run_.out.format, 1);
+    const bool direct = !CloseOf::divides && !CloseOf::skips && in_place(run_.out.format, run_.out.stride[3]) &&
+                        at_.count == rows_ && columns == kPanel;
+    float* const to = direct ? reinterpret_cast<float*>(row) : m_.out;
+    const index_t to_stride = direct ? run_.out.stride[2] : kPanel;
     with_vectors(p, [&](auto vectors) {
       for (index_t r = 0; r < rows_;) {
         const index_t first = r;
         r += with_tile_rows(rows_ - first, [&](auto rows) {
           const index_t reach = std::min(rows_, first + rows.value);
           const ProductTerm terms[3] = {{state_queries() + first, stride_, state(member, p), kPanel, run_.shape.dim_k},
-                                        {m_.weights + first, stride_, kDelta ? w : v, kPanel, reach},
+                                        {m_.weights + first, stride_, kDelta ? w : values(p), kPanel, reach},
                                         {kLowRank ? m_.weights_b + first : nullptr, stride_, w, kPanel, reach}};
-          product_tile<rows.value, vectors.value>(terms, !writes_ ? 1 : kLowRank ? 3 : 2, {}, m_.out + first * kPanel, kPanel);
+          ProductBase from;
+          from.first_by_row = m_.read_prefix + first;
+          product_tile<rows.value, vectors.value>(terms, !writes_ ? 1 : kLowRank ? 3 : 2, from, to + first * to_stride, to_stride);
           worked(rows.value, run_.shape.dim_k + reach);
         });
       }
     });
+    if (direct) return;
     for (index_t i = 0; i < at_.count; ++i) {
-      float* const row = m_.out + i * kPanel;
+      float* const numbers = m_.out + i * kPanel;
       if constexpr (CloseOf::divides) {
-        for (index_t n = 0; n < kPanel; n += kLanes) store(row + n, load(row + n) * f32(m_.divisor[i]));
+        for (index_t n = 0; n < kPanel; n += kLanes) store(numbers + n, load(numbers + n) * f32(m_.divisor[i]));
       }
-      if constexpr (CloseOf::skips) spec_.close.skip(at_, panel * kPanel, columns, v + i * kPanel, row);
-      std::byte* const to = row_at(run_.out, at_.batch, out, at_.begin + i) +
-                            panel * kPanel * run_.out.stride[3] * row_bytes(run_.out.format, 1);
-      store_values(run_.out, row, columns, to);
+      if constexpr (CloseOf::skips) spec_.close.skip(at_, panel * kPanel, columns, values(p) + i * kPanel, numbers);
+      store_values(run_.out, numbers, columns, row + i * run_.out.stride[2] * row_bytes(run_.out.format, 1));
     }
   }
 
   void advance(index_t member, index_t p) {
     if (!writes_) return;
     float* const s = state(member, p);
-    const float* const v = m_.v + p * stride_ * kPanel;
     const float* const w = m_.w + p * stride_ * kPanel;
+    const RowsAt keys = written_keys();
     with_vectors(p, [&](auto vectors) {
       for (index_t r = 0; r < dim_;) {
         const index_t first = r;
         r += with_tile_rows(dim_ - first, [&](auto rows) {
-          const ProductTerm terms[2] = {{written_keys() + first, dim_, kDelta ? w : v, kPanel, at_.count},
+          const ProductTerm terms[2] = {{keys.data + first, keys.stride, kDelta ? w : values(p), kPanel, at_.count},
                                         {kLowRank ? m_.b_out + first : nullptr, dim_, w, kPanel, at_.count}};
           product_tile<rows.value, vectors.value>(terms, kLowRank ? 2 : 1,
                                                   {s + first * kPanel, kPanel, 1.f, kDecays ? m_.total + first : nullptr},
@@ -618,6 +585,7 @@ class ChunkTask {
     for (index_t i = 0; i < rows_; i += kLanes) {
       f32 sum(0.f);
       for (index_t d = 0; d < run_.shape.dim_k; ++d) sum = fma(f32(z[d]), load(state_queries() + d * stride_ + i), sum);
+      sum = sum * load(m_.read_prefix + i);
       for (index_t j = 0; writes_ && j < std::min(rows_, i + kLanes); ++j) sum = sum + load(m_.weights + j * stride_ + i);
       store(m_.divisor + i, sum);
     }
@@ -627,9 +595,10 @@ class ChunkTask {
   void advance_key_sum(index_t member) const {
     if (!writes_) return;
     float* const z = key_sum(member);
+    const RowsAt keys = written_keys();
     for (index_t d = 0; d < dim_; d += kLanes) {
       f32 sum = load(z + d) * load(m_.total + d);
-      for (index_t j = 0; j < at_.count; ++j) sum = sum + load(written_keys() + j * dim_ + d);
+      for (index_t j = 0; j < at_.count; ++j) sum = sum + load(keys.data + j * keys.stride + d);
       store(z + d, sum);
     }
   }
@@ -643,6 +612,8 @@ class ChunkTask {
   index_t rows_ = 0;             // tokens of this chunk, padded to whole vectors
   index_t group_ = 1, loaded_q_ = -1, loaded_k_ = -1;
   index_t work_ = 0, work_per_row_ = 1;
+  RowsAt keys_{}, values_{};
+  bool direct_values_ = false;
   RowsAhead ahead_;
   bool writes_ = true, reads_ = true, factored_ = true;
 };

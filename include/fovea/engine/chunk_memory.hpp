@@ -19,7 +19,7 @@ struct ChunkMemory {
   float *alpha;      // [chunk], or [chunk, dim_k]
   float *row_factor; // [chunk, dim_k]  key decay: products from the middle of the chunk
   float *middle;     // [dim_k]         key decay: products from its start to its middle
-  float *prefix, *suffix, *gain, *divisor;   // [chunk]
+  float *prefix, *suffix, *read_prefix, *gain, *divisor;   // [chunk]
   float *total;      // [dim_k]  the decay of the whole chunk
   float *beta;       // [chunk], or [panel, chunk, kPanel]
   float *v, *w;      // [panel, chunk, kPanel]
@@ -35,10 +35,10 @@ inline ChunkMemory carve_chunk(Bump& bump, const RecurrentRun& run, index_t chun
   const auto floats = [&](index_t count) { return bump.take<float>(count); };
   ChunkMemory m{};
   for (float** at : {&m.q_rows, &m.k_rows, &m.k_out}) *at = floats(rows);
-  for (float** at : {&m.q_t, &m.k_t, &m.q_state, &m.a_state}) *at = floats(rows);
+  for (float** at : {&m.q_t, &m.k_t}) *at = floats(rows);
   for (float** at : {&m.qk, &m.kk, &m.weights, &m.lower, &m.decays}) *at = floats(square);
   if (by_key) {
-    for (float** at : {&m.a_t, &m.row_factor, &m.scratch_rows}) *at = floats(rows);
+    for (float** at : {&m.a_t, &m.q_state, &m.a_state, &m.row_factor, &m.scratch_rows}) *at = floats(rows);
   }
   if (dplr) {
     for (float** at : {&m.a_rows, &m.b_rows, &m.b_out, &m.b_t}) *at = floats(rows);
@@ -46,7 +46,7 @@ inline ChunkMemory carve_chunk(Bump& bump, const RecurrentRun& run, index_t chun
   }
   m.alpha = floats(by_key ? rows : chunk_rows);
   m.middle = floats(dim);
-  for (float** at : {&m.prefix, &m.suffix, &m.gain, &m.divisor}) *at = floats(chunk_rows);
+  for (float** at : {&m.prefix, &m.suffix, &m.read_prefix, &m.gain, &m.divisor}) *at = floats(chunk_rows);
   m.total = floats(dim);
   m.beta = floats(values);
   m.v = floats(values);
@@ -169,6 +169,12 @@ FOVEA_INLINE void copy_padded(const float* from, index_t count, index_t padded, 
 }
 
 FOVEA_INLINE bool in_place(Format format, index_t element_stride) { return format == Format::f32 && element_stride == 1; }
+
+// Rows as they lie: the caller's own, or a copy.
+struct RowsAt {
+  const float* data;
+  index_t stride;
+};
 
 // Token rows of one head, mapped where the mechanism has features, times `scale`; zeros in the padding.
 inline void load_rows(const Operand& x, const RowMap& map, index_t batch, index_t head, index_t begin, index_t count,

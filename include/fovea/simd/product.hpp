@@ -18,12 +18,19 @@ struct ProductTerm {
   index_t depth;
 };
 
-// What the sums start from: base[r, n] * factor, times by_row[r] where given; null = 0.
+// What is added to the products: base[r, n] * factor, times by_row[r] where given; null = 0. Where first_by_row is given, the
+// first term's sum is multiplied by it: a factor per row costs nothing here, and a pass over an operand elsewhere.
 struct ProductBase {
   const float* base = nullptr;   // [row, stride]
   index_t stride = 0;
   float factor = 1.f;
   const float* by_row = nullptr;
+  const float* first_by_row = nullptr;
+
+  ProductBase from_row(index_t row) const {
+    return {base == nullptr ? nullptr : base + row * stride, stride, factor, by_row == nullptr ? nullptr : by_row + row,
+            first_by_row == nullptr ? nullptr : first_by_row + row};
+  }
 };
 
 template <int Rows, int Vectors>
@@ -56,11 +63,33 @@ FOVEA_INLINE void start_products(const ProductBase& from, f32 (&sum)[Rows][Vecto
   }
 }
 
+// base, then all terms; or the first term, scaled, then base, then the others.
+template <int Rows, int Vectors>
+FOVEA_INLINE void sum_products(const ProductTerm* terms, int count, const ProductBase& from, f32 (&sum)[Rows][Vectors]) {
+  if (from.first_by_row == nullptr) {
+    start_products<Rows, Vectors>(from, sum);
+  } else {
+    start_products<Rows, Vectors>({}, sum);
+    accumulate_products<Rows, Vectors>(terms, 1, sum);
+    FOVEA_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      const f32 scale(from.first_by_row[r]), factor(from.factor);
+      FOVEA_UNROLL
+      for (int n = 0; n < Vectors; ++n) {
+        sum[r][n] = from.base == nullptr ? sum[r][n] * scale
+                                         : fma(sum[r][n], scale, load(from.base + r * from.stride + n * kLanes) * factor);
+      }
+    }
+    ++terms;
+    --count;
+  }
+  accumulate_products<Rows, Vectors>(terms, count, sum);
+}
+
 template <int Rows, int Vectors>
 FOVEA_NOINLINE void product_tile(const ProductTerm* terms, int count, const ProductBase& from, float* to, index_t stride) {
   f32 sum[Rows][Vectors];
-  start_products<Rows, Vectors>(from, sum);
-  accumulate_products<Rows, Vectors>(terms, count, sum);
+  sum_products<Rows, Vectors>(terms, count, from, sum);
   FOVEA_UNROLL
   for (int r = 0; r < Rows; ++r) {
     FOVEA_UNROLL
@@ -74,8 +103,7 @@ template <int Rows, int Vectors>
 FOVEA_NOINLINE void solve_tile(const ProductTerm* terms, int count, const ProductBase& from, const float* lower,
                                index_t lower_stride, const float* factor, index_t factor_stride, float* to, index_t stride) {
   f32 sum[Rows][Vectors];
-  start_products<Rows, Vectors>(from, sum);
-  accumulate_products<Rows, Vectors>(terms, count, sum);
+  sum_products<Rows, Vectors>(terms, count, from, sum);
   FOVEA_UNROLL
   for (int i = 0; i < Rows; ++i) {
     FOVEA_UNROLL
@@ -99,21 +127,6 @@ FOVEA_INLINE index_t with_tile_rows(index_t left, const F& f) {
     if (left == 6 || left >= 10) return f(std::integral_constant<int, 6>{}), 6;
     if (left >= 4) return f(std::integral_constant<int, 4>{}), 4;
     return f(std::integral_constant<int, 2>{}), 2;
-  }
-}
-
-// rows x (Vectors * kLanes) results, rows a multiple of 4; the a of the terms advances with the rows, their depth may depend
-// on them: depth(term, first_row, rows).
-template <int Vectors>
-FOVEA_INLINE void products(index_t rows, const ProductTerm& term, ProductBase from, float* to, index_t stride) {
-  ProductTerm tile = term;
-  for (index_t row = 0; row < rows;) {
-    tile.a = term.a + row;
-    row += with_tile_rows(rows - row, [&](auto count) {
-      product_tile<count.value, Vectors>(&tile, 1, from, to + row * stride, stride);
-    });
-    if (from.base != nullptr) from.base = from.base + (row - (tile.a - term.a)) * from.stride;
-    if (from.by_row != nullptr) from.by_row += row - (tile.a - term.a);
   }
 }
 
