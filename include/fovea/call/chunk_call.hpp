@@ -38,8 +38,8 @@ RowMap row_map(const Map& map) {
           }};
 }
 
-template <class Task, class Spec>
-Status run_tasks(const RecurrentRun& run, const Spec& spec, const RecurrentOptions<float>& options) {
+template <class Task, class Run, class Spec>
+Status run_tasks(const Run& run, const Spec& spec, const RecurrentOptions<float>& options) {
   const int lanes = static_cast<int>(std::min<index_t>(options.executor.lanes(), std::max<index_t>(run.plan.tasks, 1)));
   Bump count;
   Task::carve(count, run);

@@ -182,7 +182,7 @@ class ChunkTask {
 
   // Rows of whole vectors are turned where they lie; others are copied first.
   RowsAt find_rows(const Operand& x, const RowMap& map, index_t head, float* copy) const {
-    if (!kByKey && map.apply == nullptr && in_place(x.format, x.stride[3]) && at_.count == rows_ && run_.shape.dim_k == dim_)
+    if (!ReadOf::exclusive && map.apply == nullptr && in_place(x.format, x.stride[3]) && at_.count == rows_ && run_.shape.dim_k == dim_)
       return {reinterpret_cast<const float*>(row_at(x, at_.batch, head, at_.begin)), x.stride[2]};
     load_rows(x, map, at_.batch, head, at_.begin, at_.count, run_.shape.dim_k, dim_, rows_, 1.f, m_.row, copy);
     return {copy, dim_};
@@ -284,9 +284,9 @@ class ChunkTask {
   void load_queries(index_t head) {
     if (loaded_q_ == head) return;
     loaded_q_ = head;
-    const RowsAt queries = find_rows(run_.q, run_.q_map, head, m_.q_rows);
+    queries_ = find_rows(run_.q, run_.q_map, head, m_.q_rows);
     if constexpr (!kByKey) {
-      transpose_rows(queries.data, queries.stride, rows_, dim_, m_.q_t, stride_);
+      transpose_rows(queries_.data, queries_.stride, rows_, dim_, m_.q_t, stride_);
       if (writes_) scores(m_.k_t, m_.q_t, m_.qk);
     }
   }
@@ -327,40 +327,40 @@ class ChunkTask {
         std::fill(rows + at_.count * dim_, rows + rows_ * dim_, 0.f);
       }
     }
-    decay_to_end(m_.k_rows, m_.k_out);
-    if constexpr (kLowRank) decay_to_end(m_.b_rows, m_.b_out);
+    const RowsAt a{m_.a_rows, dim_}, b{m_.b_rows, dim_};
     factored_ = factor_rows();
-    if (factored_) {
-      divided_rows(m_.k_rows, m_.k_t);
-      if constexpr (kLowRank) divided_rows(m_.b_rows, m_.b_t);
-    }
-    if constexpr (kDelta) read_rows<false>(m_.k_rows, m_.a_t, m_.a_state);
-    if constexpr (kLowRank) read_rows<true>(m_.a_rows, m_.a_t, m_.a_state);
-    if constexpr (kDelta) channel_scores<false, false>(m_.k_rows, m_.a_t, m_.k_rows, m_.k_t, 1.f, m_.lower);
+    write_rows(keys_, m_.k_t, m_.k_out);
+    if constexpr (kLowRank) write_rows(b, m_.b_t, m_.b_out);
+    if constexpr (kDelta) read_rows<false>(keys_, m_.a_t, m_.a_state);
+    if constexpr (kLowRank) read_rows<true>(a, m_.a_t, m_.a_state);
+    if constexpr (kDelta) channel_scores<false, false>(keys_, m_.a_t, keys_, m_.k_t, 1.f, m_.lower);
     if constexpr (kLowRank) {
-      channel_scores<true, false>(m_.a_rows, m_.a_t, m_.b_rows, m_.b_t, 1.f, m_.lower);
-      channel_scores<true, false>(m_.a_rows, m_.a_t, m_.k_rows, m_.k_t, 1.f, m_.lower_v);
+      channel_scores<true, false>(a, m_.a_t, b, m_.b_t, 1.f, m_.lower);
+      channel_scores<true, false>(a, m_.a_t, keys_, m_.k_t, 1.f, m_.lower_v);
     }
   }
 
   void prepare_queries_by_channel() {
     const float scale = run_.scale;
     std::fill_n(m_.read_prefix, rows_, scale);
-    read_rows<ReadOf::exclusive>(m_.q_rows, m_.q_t, m_.q_state);
-    channel_scores<ReadOf::exclusive, !ReadOf::exclusive>(m_.q_rows, m_.q_t, m_.k_rows, m_.k_t, scale, m_.weights);
-    if constexpr (kLowRank) channel_scores<false, true>(m_.q_rows, m_.q_t, m_.b_rows, m_.b_t, scale, m_.weights_b);
+    read_rows<ReadOf::exclusive>(queries_, m_.q_t, m_.q_state);
+    channel_scores<ReadOf::exclusive, !ReadOf::exclusive>(queries_, m_.q_t, keys_, m_.k_t, scale, m_.weights);
+    if constexpr (kLowRank)
+      channel_scores<false, true>(queries_, m_.q_t, RowsAt{m_.b_rows, dim_}, m_.b_t, scale, m_.weights_b);
     if constexpr (ReadOf::exclusive) {
       spec_.read.bonus(at_, m_.q_rows, m_.k_rows, dim_, m_.divisor);
       for (index_t i = 0; i < at_.count; ++i) m_.weights[i * stride_ + i] = m_.divisor[i] * scale;
     }
   }
 
-  // to_j = row_j alpha_{j + 1} .. alpha_last; total = the product over all.
-  void decay_to_end(const float* rows, float* to) const {
+  // What the state takes, [chunk, dim_k]: factored, rows / row_factor, and the product from the middle to the end is left to the
+  // products (to_end); else the rows times the products to the end. turned: for the scores, where factored.
+  void write_rows(const RowsAt& rows, float* turned, float* to) const {
+    if (factored_) return turn(rows, m_.scratch_rows, 0, turned, to);
     for (index_t d = 0; d < dim_; d += kLanes) {
       f32 product(1.f);
       for (index_t j = rows_; j-- > 0;) {
-        store(to + j * dim_ + d, load(rows + j * dim_ + d) * product);
+        store(to + j * dim_ + d, load(rows.data + j * rows.stride + d) * product);
         product = product * load(m_.alpha + j * dim_ + d);
       }
       store(m_.total + d, product);
@@ -383,6 +383,8 @@ class ChunkTask {
         store(m_.scratch_rows + i * dim_ + d, reciprocal(product));
       }
       sound = sound & (product >= least) & (product <= most);
+      store(m_.to_end + d, product);
+      const f32 to_end = product;
       product = f32(1.f);
       for (index_t i = middle; i-- > 0;) {
         product = product * load(m_.alpha + (i + 1) * dim_ + d);
@@ -390,26 +392,24 @@ class ChunkTask {
         store(m_.row_factor + i * dim_ + d, reciprocal(product));
       }
       sound = sound & (product >= least) & (product <= most);
-      store(m_.middle + d, product * load(m_.alpha + d));
+      product = product * load(m_.alpha + d);
+      store(m_.middle + d, product);
+      store(m_.total + d, product * to_end);
     }
     return xsimd::all(sound);
   }
 
-  // to[d, j] = rows[j, d] / row_factor.
-  void divided_rows(const float* rows, float* to) const {
-    turn(rows, m_.scratch_rows, 0, to);
-  }
-
-  // to[d, i] = rows[i, d] factors[i - shift, d], the first `shift` rows unscaled.
-  void turn(const float* rows, const float* factors, index_t shift, float* to) const {
+  // to[d, i] = rows[i, d] factors[i - shift, d], the first `shift` rows unscaled; scaled[i, d] the same unturned, if wanted.
+  void turn(const RowsAt& rows, const float* factors, index_t shift, float* to, float* scaled = nullptr) const {
     for (index_t row = 0; row < rows_; row += kLanes) {
       for (index_t d = 0; d < dim_; d += kLanes) {
         f32 cells[kLanes];
         FOVEA_UNROLL
         for (index_t r = 0; r < kLanes; ++r) {
           const index_t at = row + r;
-          cells[r] = load(rows + at * dim_ + d);
+          cells[r] = load(rows.data + at * rows.stride + d);
           if (at >= shift) cells[r] = cells[r] * load(factors + (at - shift) * dim_ + d);
+          if (scaled != nullptr) store(scaled + at * dim_ + d, cells[r]);
         }
         transpose(cells);
         FOVEA_UNROLL
@@ -420,7 +420,7 @@ class ChunkTask {
 
   // turned: [dim_k, chunk] for the scores, where factored; state: the rows times the product from the start of the chunk.
   template <bool Exclusive>
-  void read_rows(const float* rows, float* turned, float* state_rows) const {
+  void read_rows(const RowsAt& rows, float* turned, float* state_rows) const {
     constexpr index_t kShift = Exclusive ? 1 : 0;
     if (factored_) {
       turn(rows, m_.row_factor, kShift, turned);
@@ -428,7 +428,7 @@ class ChunkTask {
         const f32 factor(m_.middle[d]);
         for (index_t i = 0; i < rows_; i += kLanes)
           store(state_rows + d * stride_ + i, load(turned + d * stride_ + i) * factor);
-        if constexpr (Exclusive) state_rows[d * stride_] = rows[d];
+        if constexpr (Exclusive) state_rows[d * stride_] = rows.data[d];
       }
       return;
     }
@@ -444,22 +444,22 @@ class ChunkTask {
 
   // to[j, i] = scale sum_d write[j, d] (factors between) read[i, d] for i > j, or i >= j; 0 elsewhere.
   template <bool Exclusive, bool WithDiagonal>
-  void channel_scores(const float* read, const float* read_t, const float* write, const float* write_t,
-                      float scale, float* to) const {
+  void channel_scores(const RowsAt& read, const float* read_t, const RowsAt& write, const float* write_t, float scale,
+                      float* to) const {
     if (factored_) {
       scores(write_t, read_t, m_.decays);
       keep_lower<WithDiagonal>(m_.decays, false, scale, to);
       return;
     }
     float* const decayed = m_.scratch_rows;
-    std::memcpy(decayed, write, static_cast<std::size_t>(rows_ * dim_) * sizeof(float));
+    for (index_t j = 0; j < rows_; ++j) copy_padded(write.data + j * write.stride, dim_, dim_, f32(1.f), decayed + j * dim_);
     std::fill_n(to, rows_ * stride_, 0.f);
     for (index_t i = 0; i < rows_; ++i) {
       for (index_t j = 0; j < i + (WithDiagonal ? 1 : 0); ++j) {
         f32 sum(0.f);
         for (index_t d = 0; d < dim_; d += kLanes) {
           f32 key = load(decayed + j * dim_ + d);
-          const f32 x = load(read + i * dim_ + d);
+          const f32 x = load(read.data + i * read.stride + d);
           if constexpr (Exclusive) sum = fma(key, x, sum);
           if (j < i) {
             key = key * load(m_.alpha + i * dim_ + d);
@@ -512,7 +512,7 @@ class ChunkTask {
                 {kLowRank ? m_.lower_v + first : nullptr, stride_, values(p), kPanel, first + rows.value}};
             ProductBase from;
             if constexpr (kDelta) from = {values(p) + first * values_.stride, values_.stride, -1.f};
-            if constexpr (kDelta && kDecays && !kByKey) from.first_by_row = m_.prefix + first;
+            if constexpr (kDelta && kDecays && !kByKey) from.scale_by_row = m_.prefix + first;
             solve_tile<rows.value, vectors.value>(terms, kLowRank ? 3 : 2, from, m_.lower + first * stride_ + first, stride_,
                                                   beta + (beta_stride == 0 ? first : first * kPanel), beta_stride,
                                                   w + first * kPanel, kPanel);
@@ -541,7 +541,7 @@ class ChunkTask {
                                         {m_.weights + first, stride_, kDelta ? w : values(p), kPanel, reach},
                                         {kLowRank ? m_.weights_b + first : nullptr, stride_, w, kPanel, reach}};
           ProductBase from;
-          from.first_by_row = m_.read_prefix + first;
+          from.scale_by_row = m_.read_prefix + first;
           product_tile<rows.value, vectors.value>(terms, !writes_ ? 1 : kLowRank ? 3 : 2, from, to + first * to_stride, to_stride);
           worked(rows.value, run_.shape.dim_k + reach);
         });
@@ -569,9 +569,12 @@ class ChunkTask {
         r += with_tile_rows(dim_ - first, [&](auto rows) {
           const ProductTerm terms[2] = {{keys.data + first, keys.stride, kDelta ? w : values(p), kPanel, at_.count},
                                         {kLowRank ? m_.b_out + first : nullptr, dim_, w, kPanel, at_.count}};
-          product_tile<rows.value, vectors.value>(terms, kLowRank ? 2 : 1,
-                                                  {s + first * kPanel, kPanel, 1.f, kDecays ? m_.total + first : nullptr},
-                                                  s + first * kPanel, kPanel);
+          ProductBase from{s + first * kPanel, kPanel, 1.f, kDecays ? m_.total + first : nullptr};
+          if (kByKey && factored_) {
+            from.scale_by_row = m_.to_end + first;
+            from.scaled = kLowRank ? 2 : 1;
+          }
+          product_tile<rows.value, vectors.value>(terms, kLowRank ? 2 : 1, from, s + first * kPanel, kPanel);
           worked(rows.value, at_.count);
         });
       }
@@ -612,7 +615,7 @@ class ChunkTask {
   index_t rows_ = 0;             // tokens of this chunk, padded to whole vectors
   index_t group_ = 1, loaded_q_ = -1, loaded_k_ = -1;
   index_t work_ = 0, work_per_row_ = 1;
-  RowsAt keys_{}, values_{};
+  RowsAt keys_{}, queries_{}, values_{};
   bool direct_values_ = false;
   RowsAhead ahead_;
   bool writes_ = true, reads_ = true, factored_ = true;

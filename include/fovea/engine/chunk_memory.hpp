@@ -18,7 +18,7 @@ struct ChunkMemory {
   float *qk, *kk, *weights, *lower, *weights_b, *lower_v, *decays;
   float *alpha;      // [chunk], or [chunk, dim_k]
   float *row_factor; // [chunk, dim_k]  key decay: products from the middle of the chunk
-  float *middle;     // [dim_k]         key decay: products from its start to its middle
+  float *middle, *to_end;   // [dim_k]  key decay: products from its start to its middle, from there to its end
   float *prefix, *suffix, *read_prefix, *gain, *divisor;   // [chunk]
   float *total;      // [dim_k]  the decay of the whole chunk
   float *beta;       // [chunk], or [panel, chunk, kPanel]
@@ -46,6 +46,7 @@ inline ChunkMemory carve_chunk(Bump& bump, const RecurrentRun& run, index_t chun
   }
   m.alpha = floats(by_key ? rows : chunk_rows);
   m.middle = floats(dim);
+  m.to_end = floats(dim);
   for (float** at : {&m.prefix, &m.suffix, &m.read_prefix, &m.gain, &m.divisor}) *at = floats(chunk_rows);
   m.total = floats(dim);
   m.beta = floats(values);

@@ -23,7 +23,8 @@ inline bool can_step(const RecurrentRun& run) {
   return fits(run.final_state);
 }
 
-inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOptions<float>& options) {
+// states: how many matrices a head keeps at a time.
+inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOptions<float>& options, index_t states = 1) {
   const RecurrentShape& shape = run.shape;
   RecurrentPlan plan;
   index_t longest = 0;
@@ -44,7 +45,7 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOpti
   const index_t wanted = 2 * options.executor.lanes();
   if (plan.form == RecurrentForm::chunked) {
     // One page of a token-major tensor then serves all rows of a group, and heads that share keys share their scores.
-    const index_t state = padded_dim_k(shape) * panels * kPanel * static_cast<index_t>(sizeof(float));
+    const index_t state = states * padded_dim_k(shape) * panels * kPanel * static_cast<index_t>(sizeof(float));
     plan.group = std::clamp<index_t>(kGroupStateBytes / state, 1, shape.state_heads);
     if (options.executor.lanes() > 1) {
       const index_t fair = shape.sequences * shape.state_heads / wanted;

@@ -18,19 +18,15 @@ struct ProductTerm {
   index_t depth;
 };
 
-// What is added to the products: base[r, n] * factor, times by_row[r] where given; null = 0. Where first_by_row is given, the
-// first term's sum is multiplied by it: a factor per row costs nothing here, and a pass over an operand elsewhere.
+// What is added to the products: base[r, n] * factor, times by_row[r] where given; null = 0. Where scale_by_row is given,
+// the sum of the first `scaled` terms is multiplied by it: a factor per row is free here, and a pass over an operand elsewhere.
 struct ProductBase {
   const float* base = nullptr;   // [row, stride]
   index_t stride = 0;
   float factor = 1.f;
   const float* by_row = nullptr;
-  const float* first_by_row = nullptr;
-
-  ProductBase from_row(index_t row) const {
-    return {base == nullptr ? nullptr : base + row * stride, stride, factor, by_row == nullptr ? nullptr : by_row + row,
-            first_by_row == nullptr ? nullptr : first_by_row + row};
-  }
+  const float* scale_by_row = nullptr;
+  int scaled = 1;
 };
 
 template <int Rows, int Vectors>
@@ -63,25 +59,26 @@ FOVEA_INLINE void start_products(const ProductBase& from, f32 (&sum)[Rows][Vecto
   }
 }
 
-// base, then all terms; or the first term, scaled, then base, then the others.
+// base, then all terms; or the scaled terms, then base, then the others.
 template <int Rows, int Vectors>
 FOVEA_INLINE void sum_products(const ProductTerm* terms, int count, const ProductBase& from, f32 (&sum)[Rows][Vectors]) {
-  if (from.first_by_row == nullptr) {
+  if (from.scale_by_row == nullptr) {
     start_products<Rows, Vectors>(from, sum);
   } else {
     start_products<Rows, Vectors>({}, sum);
-    accumulate_products<Rows, Vectors>(terms, 1, sum);
+    accumulate_products<Rows, Vectors>(terms, from.scaled, sum);
     FOVEA_UNROLL
     for (int r = 0; r < Rows; ++r) {
-      const f32 scale(from.first_by_row[r]), factor(from.factor);
+      const f32 scale(from.scale_by_row[r]);
+      const f32 factor(from.by_row == nullptr ? from.factor : from.by_row[r] * from.factor);
       FOVEA_UNROLL
       for (int n = 0; n < Vectors; ++n) {
         sum[r][n] = from.base == nullptr ? sum[r][n] * scale
                                          : fma(sum[r][n], scale, load(from.base + r * from.stride + n * kLanes) * factor);
       }
     }
-    ++terms;
-    --count;
+    terms += from.scaled;
+    count -= from.scaled;
   }
   accumulate_products<Rows, Vectors>(terms, count, sum);
 }
