@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // One backend node test of ONNX: a folder with model.onnx and test_data_set_<n>/{input,output}_<k>.pb, a graph of one node,
-// run through fovea/onnx.hpp and compared. Passing: |a - b| <= 1e-7 + 1e-3 |b|, as the ONNX backend tests have it; for f16 and
+// run through fovea/onnx.hpp and onnx_recurrent.hpp and compared. Passing: |a - b| <= 1e-7 + 1e-3 |b|, as the ONNX backend tests have it; for f16 and
 // bf16 1e-3 + 4e-3 |b|, since rounding to bf16 alone is off by up to 2^-8 |b| = 3.9e-3 |b|. Equal infinities and NaN for NaN
 // pass, integers are equal.
 #pragma once
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "flex_modifiers.hpp"
+#include "fovea/onnx_recurrent.hpp"
 #include "onnx_model.hpp"
 
 namespace onnx_tool {
@@ -232,6 +233,56 @@ inline Outcome run_flex_attention(Run& run) {
   return outcome_of(fovea::onnx_flex_attention(a, {.q = run.input(0), .k = run.input(1), .v = run.input(2)}, run.output(0)));
 }
 
+// What newer versions of an operator add behind its `known` inputs.
+inline Outcome check_inputs(const Node& node, std::size_t known) {
+  for (std::size_t at = known; at < node.inputs.size(); ++at) {
+    if (!node.inputs[at].empty()) return unsupported("input " + std::string(node.inputs[at]) + " of " + std::string(node.op));
+  }
+  return {};
+}
+
+inline Outcome run_linear_attention(Run& run) {
+  using Rule = fovea::OnnxUpdateRule;
+  constexpr std::pair<std::string_view, Rule> kRules[] = {
+      {"linear", Rule::linear}, {"gated", Rule::gated}, {"delta", Rule::delta}, {"gated_delta", Rule::gated_delta}};
+  Attributes attributes(run.node);
+  fovea::OnnxLinearAttention a;
+  a.scale = attributes.real("scale").value_or(0.f);
+  attributes.integer("q_num_heads", a.q_num_heads);
+  attributes.integer("kv_num_heads", a.kv_num_heads);
+  attributes.integer("chunk_size", a.chunk_size);
+  const std::string_view rule = attributes.text("update_rule", "gated_delta");
+  if (Outcome outcome = attributes.check(); outcome.verdict != Verdict::passed) return outcome;
+  if (Outcome outcome = check_inputs(run.node, 6); outcome.verdict != Verdict::passed) return outcome;
+  const auto* const named = std::find_if(std::begin(kRules), std::end(kRules), [&](const auto& r) { return r.first == rule; });
+  if (named == std::end(kRules)) return unsupported("update_rule " + std::string(rule) + " of LinearAttention");
+  a.update_rule = named->second;
+  return outcome_of(fovea::onnx_linear_attention(a,
+                                                 {.query = run.input(0),
+                                                  .key = run.input(1),
+                                                  .value = run.input(2),
+                                                  .past_state = run.input(3),
+                                                  .decay = run.input(4),
+                                                  .beta = run.input(5)},
+                                                 {.output = run.output(0), .present_state = run.output(1)}));
+}
+
+inline Outcome run_causal_conv_with_state(Run& run) {
+  Attributes attributes(run.node);
+  const std::string_view activation = attributes.text("activation", "none");
+  if (Outcome outcome = attributes.check(); outcome.verdict != Verdict::passed) return outcome;
+  if (Outcome outcome = check_inputs(run.node, 4); outcome.verdict != Verdict::passed) return outcome;
+  fovea::OnnxCausalConvWithState a;
+  if (activation == "silu" || activation == "swish") {
+    a.activation = fovea::OnnxConvActivation::silu;
+  } else if (activation != "none") {
+    return unsupported("activation " + std::string(activation) + " of CausalConvWithState");
+  }
+  return outcome_of(fovea::onnx_causal_conv_with_state(
+      a, {.input = run.input(0), .weight = run.input(1), .bias = run.input(2), .past_state = run.input(3)},
+      {.output = run.output(0), .present_state = run.output(1)}));
+}
+
 struct Operator {
   std::string_view domain, name;
   Outcome (*run)(Run& run);
@@ -239,6 +290,8 @@ struct Operator {
 inline constexpr Operator kOperators[] = {{"", "Attention", &run_attention},
                                           {"", "RotaryEmbedding", &run_rotary_embedding},
                                           {"", "TensorScatter", &run_tensor_scatter},
+                                          {"", "LinearAttention", &run_linear_attention},
+                                          {"", "CausalConvWithState", &run_causal_conv_with_state},
                                           {"ai.onnx.preview", "FlexAttention", &run_flex_attention}};
 
 inline const Operator* find_operator(const Node& node) {

@@ -21,7 +21,7 @@ struct Operand {
   std::array<index_t, 4> extent{};   // [batch, head, pos, dim]
   std::array<index_t, 4> stride{};
 
-  Operand() = default;
+  FOVEA_DATA_INLINE Operand() {}   // a defaulted one is a symbol without an instruction set in its name (clang)
   template <class T>
   FOVEA_DATA_INLINE Operand(const Tensor<T>& tensor)
       : data(reinterpret_cast<const std::byte*>(tensor.data)),
@@ -36,7 +36,7 @@ struct Result {
   std::array<index_t, 4> extent{};   // [batch, head, pos, dim]
   std::array<index_t, 4> stride{};
 
-  Result() = default;
+  FOVEA_DATA_INLINE Result() {}
   template <class T>
     requires(!std::is_const_v<T>)
   FOVEA_DATA_INLINE Result(const Tensor<T>& tensor)
@@ -52,6 +52,10 @@ struct Stored {
   const std::byte* data = nullptr;
   Format format = Format::f32;
   std::array<index_t, 3> stride{};   // bytes per batch entry or page, per kv head, per position
+
+  FOVEA_DATA_INLINE Stored() {}
+  FOVEA_DATA_INLINE Stored(const std::byte* rows, Format format_of_rows, std::array<index_t, 3> strides)
+      : data(rows), format(format_of_rows), stride(strides) {}
 };
 
 enum class Home : std::uint8_t { contiguous, paged, ring };
@@ -64,6 +68,8 @@ enum class Home : std::uint8_t { contiguous, paged, ring };
 //   ring        key j < sinks: slot j; others: slot sinks + (ring_begin[b] + j - sinks) mod (len - sinks)
 // V may lie inside K (MLA: the same rows, dim_v < dim_qk).
 struct Kv {
+  FOVEA_DATA_INLINE Kv() {}
+
   Stored k, v;
   index_t kv_heads = 1, dim_qk = 0, dim_v = 0;
   index_t batch = 1;   // contiguous and ring: sequences; paged: pages in the pool

@@ -46,8 +46,8 @@ TEST_CASE("ALiBi slopes: the two published rules", "[positions]") {
   CHECK(std::vector<float>(twelve.begin(), twelve.begin() + 8) == press(8));
   const double rest[4] = {0.707107, 0.353553, 0.176777, 0.0883883};
   for (std::size_t h = 0; h < 4; ++h) CHECK(twelve[8 + h] == Catch::Approx(rest[h]).margin(5e-7));
-  for (const std::size_t heads : {1, 2, 4, 16, 64}) CHECK(press(heads) == power(heads));
-  for (const std::size_t heads : {3, 6, 12, 20}) CHECK(press(heads) != power(heads));
+  for (const std::size_t heads : {1u, 2u, 4u, 16u, 64u}) CHECK(press(heads) == power(heads));
+  for (const std::size_t heads : {3u, 6u, 12u, 20u}) CHECK(press(heads) != power(heads));
   CHECK(power(12)[11] == 0x1p-8f);
   CHECK(power(12)[2] == 0x1p-2f);
   CHECK(power(12)[0] == Catch::Approx(std::pow(2., -2. / 3)).epsilon(1e-7));
