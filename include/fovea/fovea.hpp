@@ -3,12 +3,13 @@
 //   attention.hpp    front door 1: exact softmax attention
 //   cascade.hpp      the same over prefixes that several requests share
 //   mla.hpp          multi-head latent attention (DeepSeek, Kimi): expanded and absorbed
-//   onnx.hpp         the ONNX operators over plain pointers (not included here)
+//   recurrent.hpp    front door 2: linear attention, gated and delta rules, state spaces
+//   onnx.hpp, onnx_recurrent.hpp   the ONNX operators over plain pointers (not included here)
 //   call/            the path of every call; variant.hpp: scores, masks, normalisers of your own
 //   modules/         a layer around a mechanism: projections, norms, cache; weights as views (not included here)
 //   cache/           containers that own KV memory (not included here: an engine picks one)
 //   mechanisms/      one file each: a choice of policies on an engine
-//   engine/          the tile engine, its plan and its concepts; parts/ holds the standard policies
+//   engine/          the tile engine and the chunk engine, their plans and concepts; parts/ holds the standard policies
 //   simd/            vectors, elementary functions, packing, micro-kernels; one copy per instruction set
 //   core/            views, options, status, workspace, executor: plain data, the same in every translation unit
 //   reference/       naive double loops, one file per mechanism; knows core only
@@ -35,3 +36,4 @@
 #include "mechanisms/softpick.hpp"
 #include "mechanisms/transformer_xl.hpp"
 #include "mla.hpp"
+#include "recurrent.hpp"

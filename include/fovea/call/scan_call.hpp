@@ -50,8 +50,9 @@ std::size_t scan_bytes(const Scan& scan, int lanes) {
 }
 
 template <class Scan>
-Status run_scan(const Scan& scan, const RecurrentOptions<float>& options) {
+Status run_scan(Scan scan, const RecurrentOptions<float>& options) {
   const int lanes = options.executor.lanes();
+  scan.width = scan.width_for(lanes);
   const std::size_t wanted = scan_bytes(scan, lanes);
   const auto run = [&](std::span<std::byte> workspace) -> Status {
     if (Status s = check_workspace(workspace, wanted); !s.ok()) return s;

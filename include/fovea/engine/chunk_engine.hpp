@@ -399,8 +399,10 @@ class ChunkTask {
     return xsimd::all(sound);
   }
 
-  // to[d, i] = rows[i, d] factors[i - shift, d], the first `shift` rows unscaled; scaled[i, d] the same unturned, if wanted.
-  void turn(const RowsAt& rows, const float* factors, index_t shift, float* to, float* scaled = nullptr) const {
+  // to[d, i] = rows[i, d] factors[i - shift, d], the first `shift` rows unscaled. If wanted, scaled[i, d] is the same unturned
+  // and from_start[d, i] the same times the product up to the middle.
+  void turn(const RowsAt& rows, const float* factors, index_t shift, float* to, float* scaled = nullptr,
+            float* from_start = nullptr) const {
     for (index_t row = 0; row < rows_; row += kLanes) {
       for (index_t d = 0; d < dim_; d += kLanes) {
         f32 cells[kLanes];
@@ -414,6 +416,10 @@ class ChunkTask {
         transpose(cells);
         FOVEA_UNROLL
         for (index_t c = 0; c < kLanes; ++c) store(to + (d + c) * stride_ + row, cells[c]);
+        if (from_start == nullptr) continue;
+        FOVEA_UNROLL
+        for (index_t c = 0; c < kLanes; ++c)
+          store(from_start + (d + c) * stride_ + row, cells[c] * f32(m_.middle[d + c]));
       }
     }
   }
@@ -423,13 +429,8 @@ class ChunkTask {
   void read_rows(const RowsAt& rows, float* turned, float* state_rows) const {
     constexpr index_t kShift = Exclusive ? 1 : 0;
     if (factored_) {
-      turn(rows, m_.row_factor, kShift, turned);
-      for (index_t d = 0; d < run_.shape.dim_k; ++d) {
-        const f32 factor(m_.middle[d]);
-        for (index_t i = 0; i < rows_; i += kLanes)
-          store(state_rows + d * stride_ + i, load(turned + d * stride_ + i) * factor);
-        if constexpr (Exclusive) state_rows[d * stride_] = rows.data[d];
-      }
+      turn(rows, m_.row_factor, kShift, turned, nullptr, state_rows);
+      for (index_t d = 0; Exclusive && d < run_.shape.dim_k; ++d) state_rows[d * stride_] = rows.data[d];
       return;
     }
     for (index_t d = 0; d < dim_; d += kLanes) {   // row_factor is free: the products from the start

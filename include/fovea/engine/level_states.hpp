@@ -10,6 +10,9 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
+// Tokens of a sequence at most, and more levels than they need.
+inline constexpr index_t kMaxTokens = index_t{1} << 60, kMaxLevels = 64;
+
 inline bool is_live(index_t t, index_t level) { return level == 0 || ((t >> (level - 1)) & 1) != 0; }
 inline index_t bits_of(index_t n) { return static_cast<index_t>(std::bit_width(static_cast<std::size_t>(n))); }
 inline index_t trailing_zeros(index_t n) { return static_cast<index_t>(std::countr_zero(static_cast<std::size_t>(n))); }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which form a recurrent call takes, and its tasks. Pure: shape, options and the table below.
 #pragma once
-#include <cstdio>
+#include <cstdlib>
 
 #include "chunk_policies.hpp"
 
@@ -44,14 +44,17 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOpti
   const index_t panels = value_panels(shape);
   const index_t wanted = 2 * options.executor.lanes();
   if (plan.form == RecurrentForm::chunked) {
-    // One page of a token-major tensor then serves all rows of a group, and heads that share keys share their scores.
+    // Heads that share keys share their scores. In a token-major tensor one page also serves the rows of all heads; in a
+    // head-major one every further head is a further stream to fetch.
+    const index_t sharing = shape.state_heads / shape.k_heads;
+    const bool token_major = std::abs(run.v.stride[1]) < std::abs(run.v.stride[2]);
     const index_t state = states * padded_dim_k(shape) * panels * kPanel * static_cast<index_t>(sizeof(float));
-    plan.group = std::clamp<index_t>(kGroupStateBytes / state, 1, shape.state_heads);
+    const index_t most = std::clamp<index_t>(kGroupStateBytes / state, 1, shape.state_heads);
+    plan.group = token_major ? most : std::min(most, sharing);
     if (options.executor.lanes() > 1) {
       const index_t fair = shape.sequences * shape.state_heads / wanted;
       plan.group = std::clamp<index_t>(fair, 1, plan.group);
     }
-    const index_t sharing = shape.state_heads / shape.k_heads;
     if (plan.group > sharing) plan.group = plan.group / sharing * sharing;
   }
   plan.groups = (shape.state_heads + plan.group - 1) / plan.group;

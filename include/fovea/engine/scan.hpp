@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Recurrences whose every state cell decays by a factor of its own (Mamba-1, S4D, RWKV-4): no matrix product, so there is one
-// form of them. Vectors run over channels, time is walked token by token, and a policy keeps the states of a vector of
+// Recurrences whose every state cell decays by a factor of its own (Mamba-1, S4D, RWKV-4): no matrix product, so there is
+// one form of them. Vectors run over channels, time is walked token by token, and a policy keeps the states of a vector of
 // channels in registers for kScanTokens tokens at a time.
 //
 // A task is a sequence, a state head and a tile of channels. A channel's numbers never meet another channel's, and a state
@@ -20,31 +20,39 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-inline constexpr index_t kScanChannels = 128;   // of a tile: 512 bytes of a row of floats
-inline constexpr index_t kScanTokens = 32;      // of a block
+// Channels of a tile. Rows of a tensor are far apart, and pieces of 512 bytes of them come from memory at half the speed of
+// whole pages (4.6 instead of 10 GB/s on one core of a Sapphire Rapids), because no hardware prefetcher follows.
+inline constexpr index_t kMostScanChannels = 1024, kLeastScanChannels = 128;
+inline constexpr index_t kScanTokens = 16;             // of a block: a tile's rows of two inputs and an output are 192 KiB
+inline constexpr index_t kScanStateFloats = 1 << 16;   // of a tile, if it has more than the least channels
 
-// What a policy walks over: one vector of channels of one block. Rows of a tensor are often a power of two apart, which in
-// the first cache is the same few places for all of them, and farther than a hardware prefetcher looks. So the rows of a block
-// are copied, each vector's next to each other (a vector's block is 6 KiB of inputs and output), and those of the next block
-// are asked for meanwhile.
+// What a policy walks over: one vector of channels of one block. The rows of a block are copied so that those of a vector
+// stand next to each other: a power of two apart, they would all want the same few places of the first cache. Meanwhile the
+// rows of the next block are asked for, in the order in which they lie in memory.
 template <std::size_t Channel, std::size_t Shared>
 struct ScanBlock {
   index_t tokens;
   std::array<const float*, Channel> channel;   // [pos, lane]
   std::array<const float*, Shared> shared;     // [pos, number]  the same for all channels
   std::array<index_t, Shared> shared_stride;
-  float* out;                                  // [pos, lane]
-  float* state;                                // [row, lane]
-  const float* constants;                      // [row, lane]
-  std::array<const std::byte*, Channel + 1> next;   // the caller's memory, one block on: inputs and output
-  std::array<index_t, Channel + 1> next_stride;     // bytes
+  float* out;                                                // [pos, lane]
+  float* state;                                              // [row, lane]
+  const float* constants;                                    // [row, lane]
+  std::array<const std::byte*, Channel + 1> next;            // the caller's rows of the next block: inputs and output
+  std::array<index_t, Channel + 1> next_stride, next_step;   // bytes from row to row and from vector to vector
+  index_t vector, vectors;                                   // which one this is, of how many
 
   FOVEA_INLINE f32 input(std::size_t n, index_t t) const { return load(channel[n] + t * kLanes); }
   FOVEA_INLINE const float* numbers(std::size_t n, index_t t) const { return shared[n] + t * shared_stride[n]; }
   FOVEA_INLINE float* output(index_t t) const { return out + t * kLanes; }
   FOVEA_INLINE void prefetch_next(index_t t) const {
+    const index_t count = vector * kScanTokens + t, row = count / vectors, place = count % vectors;
     FOVEA_UNROLL
-    for (std::size_t n = 0; n <= Channel; ++n) prefetch(next[n], t * next_stride[n]);
+    for (std::size_t n = 0; n <= Channel; ++n) {
+      const auto begin = reinterpret_cast<std::uintptr_t>(next[n]);
+      const auto at = begin + static_cast<std::uintptr_t>(row * next_stride[n] + place * next_step[n]);
+      __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);   // for the second cache
+    }
   }
 };
 
@@ -123,6 +131,19 @@ struct Scan {
   std::array<Operand, kChannel> channel;
   std::array<Operand, kShared> shared;   // the last one belongs to the outputs' heads, the others to the states'
   Result out;
+  index_t width = kMostScanChannels;   // channels of a tile, whole vectors; no bit depends on it
+
+  index_t most_width() const {
+    const index_t fitting = kScanStateFloats / policy.state_rows() / kLanes * kLanes;
+    return std::clamp(fitting, kLeastScanChannels, kMostScanChannels);
+  }
+  // As wide as leaves a tile for every lane.
+  index_t width_for(int lanes) const {
+    const index_t states = std::max<index_t>(shape.sequences * shape.state_heads, 1);
+    const index_t tiles_wanted = (lanes + states - 1) / states;
+    const index_t vectors = (shape.dim_v + kLanes - 1) / kLanes;
+    return std::clamp((vectors + tiles_wanted - 1) / tiles_wanted * kLanes, kLeastScanChannels, most_width());
+  }
 
   // A tile's memory, all of it vector by vector.
   struct Memory {
@@ -133,42 +154,44 @@ struct Scan {
   };
   Memory carve(Bump& bump) const {
     Memory memory{};
-    memory.state = bump.take<float>(policy.state_rows() * kScanChannels);
-    memory.constants = bump.take<float>(policy.constant_rows() * kScanChannels);
-    for (float*& rows : memory.channel) rows = bump.take<float>(kScanTokens * kScanChannels);
+    const index_t most = most_width();
+    memory.state = bump.take<float>(policy.state_rows() * most);
+    memory.constants = bump.take<float>(policy.constant_rows() * most);
+    for (float*& rows : memory.channel) rows = bump.take<float>(kScanTokens * most);
     for (std::size_t n = 0; n < kShared; ++n) memory.shared[n] = bump.take<float>(kScanTokens * shared[n].extent[3]);
-    memory.out = bump.take<float>(kScanTokens * kScanChannels);
-    memory.row = bump.take<float>(kScanChannels);
-    memory.out_row = bump.take<float>(kScanChannels);
+    memory.out = bump.take<float>(kScanTokens * most);
+    memory.row = bump.take<float>(most);
+    memory.out_row = bump.take<float>(most);
     return memory;
   }
 
-  index_t tiles() const { return (shape.dim_v + kScanChannels - 1) / kScanChannels; }
+  index_t tiles() const { return (shape.dim_v + width - 1) / width; }
   index_t tasks() const { return shape.sequences * shape.state_heads * tiles(); }
 
   void run(index_t task, const Memory& memory) const {
-    const index_t first = task % tiles() * kScanChannels;
+    const index_t first = task % tiles() * width;
     const Tile tile{task / tiles() / shape.state_heads, task / tiles() % shape.state_heads, first,
-                    std::min(kScanChannels, shape.dim_v - first)};
-    std::fill_n(memory.constants, policy.constant_rows() * kScanChannels, 0.f);
-    std::fill_n(memory.row, kScanChannels, 0.f);
+                    std::min(width, shape.dim_v - first)};
+    const index_t padded = round_up(tile.count, kLanes);
+    std::fill_n(memory.constants, policy.constant_rows() * padded, 0.f);
+    std::fill_n(memory.row, padded, 0.f);
     const auto each_vector = [&](const auto& f) {
       for (index_t c = 0; c < tile.count; c += kLanes)
         f(ScanPlace{tile.sequence, tile.head, first + c, std::min(kLanes, tile.count - c)}, c);
     };
-    each_vector([&](const ScanPlace& place, index_t c) {
-      policy.constants(place, memory.constants + c * policy.constant_rows());
-    });
+    each_vector(
+        [&](const ScanPlace& place, index_t c) { policy.constants(place, memory.constants + c * policy.constant_rows()); });
     // Outputs that share a state and differ in what reads it are walked one after the other; only the last hands the state
     // on, which may lie where the first one was.
     const index_t readers = shape.out_heads / shape.state_heads;
     for (index_t reader = 0; reader < readers; ++reader) {
-      std::fill_n(memory.state, policy.state_rows() * kScanChannels, 0.f);
+      std::fill_n(memory.state, policy.state_rows() * padded, 0.f);
       each_vector(
           [&](const ScanPlace& place, index_t c) { policy.load_state(place, memory.state + c * policy.state_rows()); });
       walk(tile, head_map == HeadMap::tiled ? tile.head + reader * shape.state_heads : tile.head * readers + reader, memory);
     }
-    each_vector([&](const ScanPlace& place, index_t c) { policy.save_state(place, memory.state + c * policy.state_rows()); });
+    each_vector(
+        [&](const ScanPlace& place, index_t c) { policy.save_state(place, memory.state + c * policy.state_rows()); });
   }
 
  private:
@@ -228,14 +251,19 @@ struct Scan {
                                             : shared_head(tile.head, shape.state_heads, heads, head_map);
       shared_rows[n] = rows_of<const std::byte>(shared[n], tokens.batch, head, tokens.begin, 0, shared[n].extent[3]);
     }
-    const Rows<std::byte> out_rows =
-        rows_of<std::byte>(out, tokens.batch, out_head, tokens.begin, tile.first, tile.count);
+    const Rows<std::byte> out_rows = rows_of<std::byte>(out, tokens.batch, out_head, tokens.begin, tile.first, tile.count);
 
     ScanBlock<kChannel, kShared> block;
     for (std::size_t n = 0; n < kShared; ++n) {
       block.shared[n] = memory.shared[n];
       block.shared_stride[n] = shared_rows[n].count;
     }
+    const auto ahead = [&](std::size_t n, const auto& rows, index_t t) {
+      block.next[n] = rows.at(t + kScanTokens);
+      block.next_stride[n] = rows.pos_stride * rows.bytes();
+      block.next_step[n] = rows.stride * rows.bytes() * kLanes;
+    };
+    block.vectors = round_up(tile.count, kLanes) / kLanes;
     const index_t len = tokens.end - tokens.begin;
     for (index_t t = 0; t < len; t += kScanTokens) {
       block.tokens = std::min(kScanTokens, len - t);
@@ -245,16 +273,11 @@ struct Scan {
           read_numbers(rows.format, rows.at(t + i), rows.stride, rows.count, memory.shared[n] + i * rows.count);
       }
       for (std::size_t n = 0; n < kChannel; ++n) read(channel_rows[n], t, block.tokens, memory.row, memory.channel[n]);
+      for (std::size_t n = 0; n < kChannel; ++n) ahead(n, channel_rows[n], t);
+      ahead(kChannel, out_rows, t);
       for (index_t c = 0; c < tile.count; c += kLanes) {
-        const auto ahead = [&](std::size_t n, const auto& rows) {
-          block.next[n] = rows.at(t + kScanTokens) + c * rows.stride * rows.bytes();
-          block.next_stride[n] = rows.pos_stride * rows.bytes();
-        };
-        for (std::size_t n = 0; n < kChannel; ++n) {
-          ahead(n, channel_rows[n]);
-          block.channel[n] = memory.channel[n] + c * kScanTokens;
-        }
-        ahead(kChannel, out_rows);
+        for (std::size_t n = 0; n < kChannel; ++n) block.channel[n] = memory.channel[n] + c * kScanTokens;
+        block.vector = c / kLanes;
         block.out = memory.out + c * kScanTokens;
         block.state = memory.state + c * policy.state_rows();
         block.constants = memory.constants + c * policy.constant_rows();

@@ -44,8 +44,7 @@ struct SelectiveScan {
   }
   void save_state(const ScanPlace& place, const float* rows) const {
     if (final)
-      write_columns(rows, dim_state, place.count,
-                    state_columns(final, layout, place.sequence, place.head, place.first));
+      write_columns(rows, dim_state, place.count, state_columns(final, layout, place.sequence, place.head, place.first));
   }
 
   using Block = ScanBlock<kChannelInputs, kSharedInputs>;

@@ -39,8 +39,7 @@ struct WkvScan {
     }
   }
   void save_state(const ScanPlace& place, const float* rows) const {
-    if (final)
-      write_columns(rows, 3, place.count, state_columns(final, layout, place.sequence, place.head, place.first));
+    if (final) write_columns(rows, 3, place.count, state_columns(final, layout, place.sequence, place.head, place.first));
   }
 
   void walk(const ScanBlock<kChannelInputs, kSharedInputs>& block) const {
@@ -124,8 +123,8 @@ inline std::size_t rwkv4_workspace_bytes(int lanes = 1) {
 
 // k, v, out [batch, head, pos, channel], any plain formats and strides; k or v may have fewer heads. The state is [sequence,
 // head, 3, channel], or [sequence, head, channel, 3] with StateLayout::v_first: numerator, denominator, epsilon. Without an
-// initial state epsilon is -1e38; a state of zeros is another one (a key of exponent 0 and no weight). Of the options, scale,
-// form and chunk say nothing here.
+// initial state epsilon is -1e38; a state of zeros is another one (a key of exponent 0 and no weight). Of the options,
+// scale, form and chunk say nothing here.
 inline Status rwkv4(const Operand& k, const Operand& v, const Rwkv4Parameters<float>& parameters, const Result& out,
                     const RecurrentOptions<float>& options = {}) {
   const Scan<rwkv4_parts::WkvScan> scan = rwkv4_parts::plan(k, v, parameters, out, options);

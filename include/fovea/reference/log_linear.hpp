@@ -89,15 +89,18 @@ inline void log_linear_mamba2(const Tensor<const double>& x, const Tensor<const 
         h.add(run.row(b, t), run.number(parameters.dt, t) * run.row(x, t));
       });
   if (!parameters.d) return;
-  for (index_t n = 0; n < y.extent[0]; ++n) {
-    for (index_t h = 0; h < y.extent[1]; ++h) {
-      for (index_t t = 0; t < y.extent[2]; ++t) {
-        for (index_t p = 0; p < y.extent[3]; ++p) {
-          y(n, h, t, p) += parameters.d(h, parameters.d.extent[1] == 1 ? 0 : p) * x(n, h, t, p);
-        }
+  const RecurrentShape shape = recurrent_shape(b, x, y);
+  each_head(shape, {.head_map = options.head_map, .cu_len = options.cu_len}, [&](StateMatrix&, const HeadRun& run) {
+    for (index_t t = run.begin; t < run.end; ++t) {
+      Vector skip = run.row(x, t);
+      for (std::size_t p = 0; p < skip.size(); ++p)
+        skip[p] *= parameters.d(run.head, parameters.d.extent[1] == 1 ? 0 : static_cast<index_t>(p));
+      for (index_t h = 0; h < run.out_heads; ++h) {
+        if (shared_head(h, run.out_heads, run.state_heads, run.map) != run.head) continue;
+        put(y, run.batch, h, t, reference::row(y, run.batch, h, t) + skip);
       }
     }
-  }
+  });
 }
 
 // Log-linear Gated DeltaNet: decay.gate and beta [batch, state_head, pos, 1].
