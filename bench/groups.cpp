@@ -16,7 +16,8 @@ std::vector<Group> all_groups(int max_threads) {
       &off_by_one_groups, &registers_groups, &relative_bias_groups, &relu_groups, &shaw_groups, &sigmoid_groups,
       &softpick_groups, &transformer_xl_groups,
       &linear_groups, &retention_groups, &lightning_groups, &simple_gla_groups, &gla_groups, &mamba2_groups, &rwkv6_groups,
-      &rwkv7_groups, &mlstm_groups, &delta_groups, &gated_delta_groups, &kda_groups};
+      &rwkv7_groups, &mlstm_groups, &mamba1_groups, &rwkv4_groups, &s4d_groups, &lolcats_groups, &performer_groups,
+      &short_conv_groups, &log_linear_groups, &delta_groups, &gated_delta_groups, &kda_groups};
   std::vector<Group> groups;
   for (const auto table : kTables) {
     std::vector<Group> more = table(max_threads);
