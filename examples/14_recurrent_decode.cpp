@@ -31,7 +31,7 @@ int main() {
     for (std::size_t d = 0; d < dim; ++d) k_data[row + d] /= std::sqrt(sum + 1e-6f);
   }
   std::vector<float> g_data = example::random_values(sequences * v_heads * len, 4), beta_data = g_data;
-  for (float& g : g_data) g = -0.1f * std::abs(g);        // natural logarithm of the decay, one per head and token
+  for (float& g : g_data) g = -0.1f * std::abs(g);       // natural logarithm of the decay, one per head and token
   for (float& beta : beta_data) beta = (beta + 1) / 2;   // how much of the error is corrected
 
   const auto q = fovea::bhsd(q_data.data(), sequences, k_heads, len, dim);
@@ -48,13 +48,14 @@ int main() {
       .layout = fovea::StateLayout::v_first, .initial_state = state, .final_state = state};
   for (index_t begin = 0; begin < len;) {
     const index_t end = begin == 0 ? prompt : begin + 1;
-    const fovea::Status status = fovea::gated_delta_net(
-        positions(q, begin, end), positions(k, begin, end), positions(v, begin, end), {positions(gate, begin, end)},
-        positions(beta, begin, end), positions(out, begin, end), options);
+    const fovea::Status status = fovea::gated_delta_net(positions(q, begin, end), positions(k, begin, end),
+                                                        positions(v, begin, end), {positions(gate, begin, end)},
+                                                        positions(beta, begin, end), positions(out, begin, end), options);
     if (example::refused(status)) return 1;
     begin = end;
   }
-  std::printf("%td tokens of prompt, %td one by one; %zu bytes of state\n", prompt, len - prompt, state_data.size() * sizeof(float));
+  std::printf("%td tokens of prompt, %td one by one; %zu bytes of state\n", prompt, len - prompt,
+              state_data.size() * sizeof(float));
 
   // Against one pass over everything, in double.
   const auto doubles = [](const std::vector<float>& x) { return std::vector<double>(x.begin(), x.end()); };

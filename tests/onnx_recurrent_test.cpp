@@ -20,8 +20,8 @@ using namespace test::onnx;
 using Catch::Matchers::ContainsSubstring;
 using fovea::OnnxUpdateRule;
 
-constexpr double kUnit = 0x1p-24;   // half a step of fp32
-constexpr std::byte kPoison{0xff};  // NaN in every float type
+constexpr double kUnit = 0x1p-24;    // half a step of fp32
+constexpr std::byte kPoison{0xff};   // NaN in every float type
 
 // Half a step of a type, relative: what storing a result costs.
 double unit_of(OnnxType type) { return type == OnnxType::f16 ? 0x1p-11 : type == OnnxType::bf16 ? 0x1p-8 : kUnit; }
@@ -41,12 +41,11 @@ struct Linear {
   index_t q_heads() const { return a.q_num_heads; }
   index_t kv_heads() const { return a.kv_num_heads; }
   fovea::OnnxLinearAttentionInputs inputs() const {
-    return {.query = q.in(), .key = k.in(), .value = v.in(), .past_state = past.in(), .decay = decay.in(), .beta = beta.in()};
+    return {
+        .query = q.in(), .key = k.in(), .value = v.in(), .past_state = past.in(), .decay = decay.in(), .beta = beta.in()};
   }
   fovea::OnnxLinearAttentionOutputs outputs() { return {.output = y.out(), .present_state = present.out()}; }
-  fovea::Status run(fovea::Executor executor = {}) {
-    return fovea::onnx_linear_attention(a, inputs(), outputs(), executor);
-  }
+  fovea::Status run(fovea::Executor executor = {}) { return fovea::onnx_linear_attention(a, inputs(), outputs(), executor); }
 };
 
 struct LinearShape {
@@ -65,7 +64,7 @@ Linear made_linear(const LinearShape& s, test::Random& random) {
   p.len = s.len;
   p.dim_k = s.dim_k;
   p.dim_v = s.dim_v;
-  const double key_size = 1 / std::sqrt(static_cast<double>(s.dim_k));   // keys of about length 1: a delta rule that contracts
+  const double key_size = 1 / std::sqrt(static_cast<double>(s.dim_k));   // about length 1: a delta rule that contracts
   p.q = normal(s.type, {s.batch, s.len, s.q_heads * s.dim_k}, random);
   p.k = made(s.type, {s.batch, s.len, s.kv_heads * s.dim_k}, [&](std::size_t) { return random.normal() * key_size; });
   p.v = normal(s.type, {s.batch, s.len, s.kv_heads * s.dim_v}, random);
@@ -405,7 +404,8 @@ TEST_CASE("ONNX LinearAttention refuses with the numbers, and writes nothing", "
   spoil("key has element type 10, must be 1", [](Linear& b) { b.k = zeros(OnnxType::f16, b.k.shape); });
   spoil("decay has element type 16, must be 1", [](Linear& b) { b.decay = zeros(OnnxType::bf16, b.decay.shape); });
   spoil("past_state has element type 3", [](Linear& b) { b.past = zeros(OnnxType::i8, b.past.shape); });
-  spoil("present_state has element type 10, must be 1", [](Linear& b) { b.present = zeros(OnnxType::f16, b.present.shape); });
+  spoil("present_state has element type 10, must be 1",
+        [](Linear& b) { b.present = zeros(OnnxType::f16, b.present.shape); });
   spoil("present_state has element type 9", [](Linear& b) {
     b.past = {};
     b.present = zeros(OnnxType::boolean, b.present.shape);
@@ -475,8 +475,8 @@ struct Conv {
   }
 };
 
-Conv made_conv(OnnxType type, index_t batch, index_t channels, index_t len, index_t width, bool with_bias, bool carried, bool silu,
-               test::Random& random) {
+Conv made_conv(OnnxType type, index_t batch, index_t channels, index_t len, index_t width, bool with_bias, bool carried,
+               bool silu, test::Random& random) {
   Conv p;
   p.a.activation = silu ? fovea::OnnxConvActivation::silu : fovea::OnnxConvActivation::none;
   p.batch = batch;
@@ -596,7 +596,8 @@ TEST_CASE("ONNX CausalConvWithState: any split, in place, any lanes: the same bi
       step.x = zeros(type, {2, 21, 1});
       step.y = poisoned(type, {2, 21, 1});
       for (std::size_t row = 0; row < 2 * 21; ++row)
-        std::memcpy(step.x.bytes.data() + row * size, whole.x.bytes.data() + (row * 7 + static_cast<std::size_t>(t)) * size, size);
+        std::memcpy(step.x.bytes.data() + row * size, whole.x.bytes.data() + (row * 7 + static_cast<std::size_t>(t)) * size,
+                    size);
       fovea::OnnxCausalConvWithStateInputs inputs = step.inputs();
       inputs.past_state = state.in();
       const fovea::Status status =
@@ -643,7 +644,10 @@ TEST_CASE("ONNX CausalConvWithState refuses with the numbers, and writes nothing
   spoil("present_state has element type 16, must be 1", [](Conv& b) { b.present = zeros(OnnxType::bf16, b.present.shape); });
   spoil("input has rank 2, must be 3", [](Conv& b) { b.x = zeros(OnnxType::f32, {2, 5}); });
   spoil(
-      "input has rank 4; convolutions along one axis, rank 3", [](Conv& b) { b.x = zeros(OnnxType::f32, {2, 3, 5, 5}); },
+      "input has rank 4; convolutions along one axis, rank 3",
+      [](Conv& b) {
+        b.x = zeros(OnnxType::f32, {2, 3, 5, 5});
+      },
       fovea::Code::unsupported);
   spoil("weight has rank 2, must be 3", [](Conv& b) { b.weight = zeros(OnnxType::f32, {3, 4}); });
   spoil("weight has 2 on axis 0, must be 3", [](Conv& b) { b.weight = zeros(OnnxType::f32, {2, 1, 4}); });

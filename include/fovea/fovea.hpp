@@ -9,7 +9,7 @@
 //   modules/         a layer around a mechanism: projections, norms, cache; weights as views (not included here)
 //   cache/           containers that own KV memory (not included here: an engine picks one)
 //   mechanisms/      one file each: a choice of policies on an engine
-//   engine/          the tile engine and the chunk engine, their plans and concepts; parts/ holds the standard policies
+//   engine/          the tile engine, the chunk engine, their plans and concepts; parts/ holds the standard policies
 //   simd/            vectors, elementary functions, packing, micro-kernels; one copy per instruction set
 //   core/            views, options, status, workspace, executor: plain data, the same in every translation unit
 //   reference/       naive double loops, one file per mechanism; knows core only

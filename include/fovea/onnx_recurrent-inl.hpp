@@ -74,7 +74,8 @@ View<T, static_cast<int>(Rank)> dense(T* data, const std::array<index_t, Rank>& 
 }
 
 // `inputs` ends with past_state, which present_state may be.
-inline Status check_recurrent_places(std::span<const NamedBytes> inputs, const NamedBytes& output, const NamedBytes& present) {
+inline Status check_recurrent_places(std::span<const NamedBytes> inputs, const NamedBytes& output,
+                                     const NamedBytes& present) {
   const Bytes& past = inputs.back().bytes;
   const bool in_place = past.begin == present.bytes.begin && past.end == present.bytes.end;
   const NamedBytes both[] = {output, present};
@@ -194,8 +195,8 @@ inline View<const float, 4> gate_view(const float* data, std::span<const std::in
   return {data, {shape[0], heads, shape[1], width}, {shape[1] * shape[2], width, shape[2], 1}};
 }
 
-inline Status run_rule(const LinearCall& call, OnnxUpdateRule rule, const Decay<float>& decay, const View<const float, 4>& beta,
-                       const RecurrentOptions<float>& options) {
+inline Status run_rule(const LinearCall& call, OnnxUpdateRule rule, const Decay<float>& decay,
+                       const View<const float, 4>& beta, const RecurrentOptions<float>& options) {
   const auto& [q, k, v, out, state_extent, decays_by_key] = call;
   switch (rule) {
     case OnnxUpdateRule::linear:
@@ -283,14 +284,16 @@ inline Status onnx_linear_attention(const OnnxLinearAttention& attributes, const
   if (present.data() != nullptr) options.final_state = onnx::dense(present.data(), call.state_extent);
   Decay<float> gate;
   View<const float, 4> strength;
-  if (inputs.decay.type != OnnxType::none) gate.gate = onnx::gate_view(decay.data(), inputs.decay.shape, attributes.kv_num_heads);
+  if (inputs.decay.type != OnnxType::none)
+    gate.gate = onnx::gate_view(decay.data(), inputs.decay.shape, attributes.kv_num_heads);
   if (inputs.beta.type != OnnxType::none) strength = onnx::gate_view(beta.data(), inputs.beta.shape, inputs.beta.shape[2]);
   if (Status s = onnx::run_rule(call, attributes.update_rule, gate, strength, options); !s.ok()) return s;
   present.end();
   return {};
 }
 
-inline Status onnx_causal_conv_with_state(const OnnxCausalConvWithState& attributes, const OnnxCausalConvWithStateInputs& inputs,
+inline Status onnx_causal_conv_with_state(const OnnxCausalConvWithState& attributes,
+                                          const OnnxCausalConvWithStateInputs& inputs,
                                           const OnnxCausalConvWithStateOutputs& outputs, Executor executor) {
   onnx::ConvCall call;
   if (Status s = onnx::bind_conv(call, attributes, inputs, outputs); !s.ok()) return s;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// FRONT DOOR 4, the recurrent half: the ONNX operators LinearAttention and CausalConvWithState, opset 27, on pointers, element
-// types and shapes (onnx.hpp says how tensors, outputs and errors work; docs/onnx.md). A header of its own, because its kernels
-// are ten instantiations of the chunk engine that graphs without such layers need not compile.
+// FRONT DOOR 4, the recurrent half: the ONNX operators LinearAttention and CausalConvWithState, opset 27, on pointers,
+// element types and shapes (onnx.hpp says how tensors, outputs and errors work; docs/onnx.md). A header of its own, because
+// graphs without such layers need not compile its kernels, six instantiations of the chunk engine.
 //
 //   fovea::Status status = fovea::onnx_linear_attention({.q_num_heads = 8, .kv_num_heads = 4},
 //                                                       {.query = q, .key = k, .value = v, .decay = g, .beta = b},
 //                                                       {.output = y, .present_state = state});
 //
-// Types      f32, f16 and bf16, f64 with fp32 accuracy. All of a call are one type but the states of LinearAttention, which have
-//            one of their own: f32 states beside f16 activations are the better choice, they are also read and written in place.
+// Types      f32, f16 and bf16, f64 with fp32 accuracy. All of a call are one type but the states of LinearAttention, which
+//            have their own: f32 states beside f16 activations are the better choice, and the ones used where they lie.
 // Aliasing   outputs overlap nothing, but present_state may be past_state: a decode then updates it in place.
 // Allocates  per call a float copy of gates, betas, weights and states that are not f32; f32 ones are used where they lie.
 #pragma once
@@ -17,7 +17,7 @@
 namespace fovea {
 inline namespace v0 {
 
-// S_t = e^{g_t} S_{t-1} + k_t u_t', u_t = v_t or beta_t (v_t - (e^{g_t} S_{t-1})' k_t): with or without g, with or without beta.
+// S_t = e^{g_t} S_{t-1} + k_t u_t', u_t = v_t or beta_t (v_t - (e^{g_t} S_{t-1})' k_t): with or without g, and beta.
 enum class OnnxUpdateRule : std::uint8_t { linear, gated, delta, gated_delta };
 
 struct OnnxLinearAttention {
@@ -29,7 +29,7 @@ struct OnnxLinearAttention {
 struct OnnxLinearAttentionInputs {
   OnnxTensor query = {}, key = {}, value = {};   // [batch, pos, heads * dim]
   OnnxTensor past_state = {};                    // [batch, kv_head, dim_k, dim_v]; absent = zeros
-  OnnxTensor decay = {};                         // [batch, pos, kv_head] or [batch, pos, kv_head * dim_k], natural logarithms
+  OnnxTensor decay = {};                         // [batch, pos, kv_head | kv_head * dim_k], natural logarithms
   OnnxTensor beta = {};                          // [batch, pos, kv_head | 1]
 };
 struct OnnxLinearAttentionOutputs {

@@ -164,7 +164,8 @@ std::string describe(const LevelProblem& x, const How& how) {
 LevelAnswer check(const LevelProblem& x, const LevelProblem::Expected& expected, const How& how,
                   double allowed = kRelativeError) {
   const LevelAnswer a = x.run(how);
-  const double out = distance(a.out, expected.out, x.base.owned()), state = level_distance(a.levels, expected.levels, x.levels);
+  const double out = distance(a.out, expected.out, x.base.owned()),
+               state = level_distance(a.levels, expected.levels, x.levels);
   bool dead_are_zero = true;
   a.levels.each([&](index_t s, index_t hl, index_t i, index_t j) {
     const bool live = LevelProblem::live(x.first(s) + x.len(s), hl % x.levels);
@@ -181,14 +182,15 @@ LevelAnswer check(const LevelProblem& x, const LevelProblem::Expected& expected,
 
 const std::vector<How>& level_forms() {
   using enum RecurrentForm;
-  static const std::vector<How> list = {{automatic},    {step},         {fused},        {chunked},      {chunked, 1},  {chunked, 2},
-                                        {chunked, 8},   {chunked, 16},  {chunked, 32},  {chunked, 64},  {chunked, 128},
-                                        {chunked, 256}};
+  static const std::vector<How> list = {{automatic},   {step},        {fused},        {chunked},
+                                        {chunked, 1},  {chunked, 2},  {chunked, 8},   {chunked, 16},
+                                        {chunked, 32}, {chunked, 64}, {chunked, 128}, {chunked, 256}};
   return list;
 }
 
 // The tokens [begin, end) of a problem with one sequence, from the levels that the tokens before left.
-LevelAnswer part_of(const LevelProblem& x, index_t begin, index_t end, const LevelAnswer* before, bool in_place, const How& how) {
+LevelAnswer part_of(const LevelProblem& x, index_t begin, index_t end, const LevelAnswer* before, bool in_place,
+                    const How& how) {
   LevelProblem part = x;
   const auto cut = [&](Numbers& all) {
     if (all.extent()[2] != x.base.c.len) return;
@@ -198,7 +200,8 @@ LevelAnswer part_of(const LevelProblem& x, index_t begin, index_t end, const Lev
     some.each([&](index_t a, index_t b, index_t t, index_t d) { some.put(a, b, t, d, all.get(a, b, begin + t, d)); });
     all = some;
   };
-  for (Numbers* all : {&part.base.q, &part.base.k, &part.base.v, &part.base.gate, &part.base.beta, &part.base.dt, &part.lambda})
+  for (Numbers* all :
+       {&part.base.q, &part.base.k, &part.base.v, &part.base.gate, &part.base.beta, &part.base.dt, &part.lambda})
     cut(*all);
   part.base.c.len = end - begin;
   part.at_level.first.assign(at(x.base.c.sequences()), x.first(0) + begin);
@@ -257,9 +260,10 @@ TEST_CASE("log-linear: lengths and starts around every chunk, in every form") {
     for (const index_t len : {1, 2, 3, 15, 16, 17, 45, 63, 64, 65, 129, 199, 300}) {
       for (const index_t first : {0, 1, 16, 37, 64, 1000}) {
         if (len > 130 && first > 16) continue;
-        const LevelProblem x({.kind = kind, .first = {first}},
-                             {.seed = 10 + static_cast<std::uint64_t>(len), .len = len, .initial = first % 2 == 0,
-                              .betas = len % 2 == 0 ? Betas::two : Betas::unit});
+        const LevelProblem x({.kind = kind, .first = {first}}, {.seed = 10 + static_cast<std::uint64_t>(len),
+                                                                .len = len,
+                                                                .initial = first % 2 == 0,
+                                                                .betas = len % 2 == 0 ? Betas::two : Betas::unit});
         const LevelProblem::Expected expected = x.expected();
         for (const How& how : level_forms()) check(x, expected, how);
       }
@@ -267,14 +271,14 @@ TEST_CASE("log-linear: lengths and starts around every chunk, in every form") {
   }
 }
 
-// One of the next three as well: two panels and a part of one, and states by one product (dim_k small) and by two.
+// Dims with part of a panel, whole ones and both; levels that a delta rule passes over by one product (small dim_k) and by two.
 TEST_CASE("log-linear: every option with every other", "[grid]") {
   struct Dims {
     index_t k, v;
   };
   const std::vector<Dims> dims{{4, 3}, {16, 16}, {33, 17}, {1, 1}, {64, 64}, {20, 72}, {100, 7}};
   const std::vector<Heads> heads{{1, 1, 1}, {2, 2, 2}, {3, 3, 3}, {2, 2, 4}, {1, 1, 3}, {4, 2, 2}, {4, 1, 1}, {4, 4, 2}};
-  const std::size_t cases = case_limit(90);
+  const std::size_t cases = case_limit(60);
   for (std::size_t n = 0; n < cases; ++n) {
     Random random(9000 + n);
     LevelCase level_case{.kind = kKinds[n % 3]};
@@ -287,9 +291,9 @@ TEST_CASE("log-linear: every option with every other", "[grid]") {
     c.dim_k = dim.k;
     c.dim_v = dim.v;
     c.len = random.pick({1, 7, 16, 33, 64, 79, 130});
-    if (c.dim_k * c.dim_v > 600) {
+    if (c.dim_k * c.dim_v > 300) {
       c.batch = 1;
-      c.len = std::min<index_t>(c.len, 79);
+      c.len = std::min<index_t>(c.len, 40);
     }
     if (random.one_in(4)) {
       c.lengths = {random.below(4), 0, c.len, 1, random.below(30)};
@@ -356,15 +360,18 @@ TEST_CASE("log-linear: decode in place, token after token, in both layouts") {
     for (const StateLayout layout : {StateLayout::k_first, StateLayout::v_first}) {
       for (const index_t dim_v : {20, 64}) {
         const index_t len = 40;
-        const LevelProblem x({.kind = kind},
-                             {.seed = 40, .batch = 2, .len = len, .heads = {4, 2, 2}, .dim_k = 17, .dim_v = dim_v, .layout = layout});
+        const LevelProblem x(
+            {.kind = kind},
+            {.seed = 40, .batch = 2, .len = len, .heads = {4, 2, 2}, .dim_k = 17, .dim_v = dim_v, .layout = layout});
         const LevelProblem::Expected expected = x.expected();
-        for (const RecurrentForm form : {RecurrentForm::automatic, RecurrentForm::step, RecurrentForm::fused, RecurrentForm::chunked}) {
+        for (const RecurrentForm form :
+             {RecurrentForm::automatic, RecurrentForm::step, RecurrentForm::fused, RecurrentForm::chunked}) {
           INFO(name_of(kind) << ", " << test::recurrent::name_of(form));
           LevelAnswer all = x.answer(), before;
           for (index_t t = 0; t < len; ++t) {
             const LevelAnswer one = part_of(x, t, t + 1, t > 0 ? &before : nullptr, true, {form});
-            one.out.each([&](index_t b, index_t h, index_t, index_t d) { all.out.put(b, h, t, d, one.out.get(b, h, 0, d)); });
+            one.out.each(
+                [&](index_t b, index_t h, index_t, index_t d) { all.out.put(b, h, t, d, one.out.get(b, h, 0, d)); });
             before = one;
           }
           all.levels = before.levels;
@@ -413,7 +420,8 @@ TEST_CASE("log-linear: the sum over pairs of tokens, by all levels and by one at
   LevelProblem x({.kind = Kind::simple_gla}, {.seed = 60, .len = kLen, .dim_k = kDimK, .dim_v = kDimV, .initial = false});
   for (const index_t only : {-1, 0, 1, 4, 7, 9}) {
     if (only >= 0)
-      x.lambda.fill([&](index_t, index_t, index_t t, index_t l) { return l == only ? 0.5 + 0.001 * static_cast<double>(t) : 0; });
+      x.lambda.fill(
+          [&](index_t, index_t, index_t t, index_t l) { return l == only ? 0.5 + 0.001 * static_cast<double>(t) : 0; });
     Exact out({1, 1, kLen, kDimV});
     for (index_t t = 0; t < kLen; ++t) {
       double between = 1;
@@ -454,14 +462,17 @@ TEST_CASE("log-linear: popcount(t) + 1 levels are live after token t") {
   }
 }
 
-// Many merges, and the carry of all bits at once. fp32 sums of that many products are within 1e-6 of double (specified are
-// 1e-5), and what a chunk of 64 adds to a state is as exact as what single tokens do.
+// Many merges, and in the second case the carry of all bits at once.
 TEST_CASE("log-linear: long sequences") {
   for (const Kind kind : kKinds) {
     for (const index_t first : {index_t{0}, (index_t{1} << 20) - 700}) {
-      const LevelProblem x({.kind = kind, .first = {first}},
-                           {.seed = 80, .len = 2500, .dim_k = 16, .dim_v = 8, .initial = false, .gating = Gating::slow,
-                            .betas = Betas::unit});
+      const LevelProblem x({.kind = kind, .first = {first}}, {.seed = 80,
+                                                              .len = 2500,
+                                                              .dim_k = 16,
+                                                              .dim_v = 8,
+                                                              .initial = false,
+                                                              .gating = Gating::slow,
+                                                              .betas = Betas::unit});
       const LevelProblem::Expected expected = x.expected();
       for (const How& how : {How{RecurrentForm::automatic}, How{RecurrentForm::chunked, 16}, How{RecurrentForm::fused}})
         check(x, expected, how);
@@ -478,8 +489,9 @@ TEST_CASE("log-linear: the number of lanes changes no bit") {
       for (const How& form : {How{RecurrentForm::automatic}, How{RecurrentForm::step}, How{RecurrentForm::fused},
                               How{RecurrentForm::chunked, 16}, How{RecurrentForm::chunked, 32}}) {
         const LevelAnswer one = x.run(form);
-        for (const auto& [lanes, pool] : {std::pair{2, Pool::threads}, std::pair{3, Pool::threads}, std::pair{3, Pool::reversed},
-                                          std::pair{8, Pool::threads}, std::pair{200, Pool::serial}}) {
+        for (const auto& [lanes, pool] :
+             {std::pair{2, Pool::threads}, std::pair{3, Pool::threads}, std::pair{3, Pool::reversed},
+              std::pair{8, Pool::threads}, std::pair{200, Pool::serial}}) {
           const How how{form.form, form.chunk, lanes, pool};
           INFO(describe(x, how));
           CHECK(x.run(how) == one);
@@ -492,7 +504,8 @@ TEST_CASE("log-linear: the number of lanes changes no bit") {
 // A workspace of exactly the size that the refusal names, full of NaN: the same bits, and nothing behind it written.
 TEST_CASE("log-linear: the caller's workspace") {
   for (const Kind kind : kKinds) {
-    const LevelProblem x({.kind = kind, .first = {5}}, {.seed = 100, .len = 70, .heads = {2, 1, 2}, .dim_k = 33, .dim_v = 17});
+    const LevelProblem x({.kind = kind, .first = {5}},
+                         {.seed = 100, .len = 70, .heads = {2, 1, 2}, .dim_k = 33, .dim_v = 17});
     for (const How& form : level_forms()) {
       const LevelAnswer one = x.run(form);
       for (const int lanes : {1, 3}) {
@@ -540,7 +553,8 @@ TEST_CASE("log-linear: sequences without tokens hand their levels on") {
 
 TEST_CASE("log-linear: unwanted levels change no output") {
   for (const Kind kind : kKinds) {
-    const LevelProblem x({.kind = kind, .first = {3}}, {.seed = 120, .len = 90, .heads = {2, 2, 2}, .dim_k = 12, .dim_v = 20});
+    const LevelProblem x({.kind = kind, .first = {3}},
+                         {.seed = 120, .len = 90, .heads = {2, 2, 2}, .dim_k = 12, .dim_v = 20});
     for (const How& how : level_forms()) {
       if (how.form == RecurrentForm::automatic || how.form == RecurrentForm::step) continue;   // another form, then
       INFO(describe(x, how));
@@ -566,8 +580,10 @@ TEST_CASE("log-linear: refused calls leave everything as it was") {
   Numbers state = x.base.like_state();
   refused("single state", [&](auto& y, auto&) { y.options.initial_state = x.base.initial.floats(); });
   refused("single state", [&](auto& y, auto&) { y.options.final_state = state.writable(); });
-  refused("power of two", [](auto&, auto&) {}, 24);
-  refused("512", [](auto&, auto&) {}, 512);
+  refused(
+      "power of two", [](auto&, auto&) {}, 24);
+  refused(
+      "512", [](auto&, auto&) {}, 512);
   refused("1 entries for 2", [&](auto&, auto& o) { o.first_pos = one; });
   refused("-1", [&](auto&, auto& o) { o.first_pos = negative; });
   refused("first_pos[1]", [&](auto&, auto& o) { o.first_pos = huge; });

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One backend node test of ONNX: a folder with model.onnx and test_data_set_<n>/{input,output}_<k>.pb, a graph of one node,
-// run through fovea/onnx.hpp and onnx_recurrent.hpp and compared. Passing: |a - b| <= 1e-7 + 1e-3 |b|, as the ONNX backend tests have it; for f16 and
-// bf16 1e-3 + 4e-3 |b|, since rounding to bf16 alone is off by up to 2^-8 |b| = 3.9e-3 |b|. Equal infinities and NaN for NaN
-// pass, integers are equal.
+// run through fovea/onnx.hpp or onnx_recurrent.hpp and compared. Passing: |a - b| <= 1e-7 + 1e-3 |b|, as the ONNX backend
+// tests have it; for f16 and bf16 1e-3 + 4e-3 |b|, since rounding to bf16 alone is off by up to 2^-8 |b| = 3.9e-3 |b|. Equal
+// infinities and NaN for NaN pass, integers are equal.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -236,7 +236,8 @@ inline Outcome run_flex_attention(Run& run) {
 // What newer versions of an operator add behind its `known` inputs.
 inline Outcome check_inputs(const Node& node, std::size_t known) {
   for (std::size_t at = known; at < node.inputs.size(); ++at) {
-    if (!node.inputs[at].empty()) return unsupported("input " + std::string(node.inputs[at]) + " of " + std::string(node.op));
+    if (!node.inputs[at].empty())
+      return unsupported("input " + std::string(node.inputs[at]) + " of " + std::string(node.op));
   }
   return {};
 }
@@ -254,7 +255,8 @@ inline Outcome run_linear_attention(Run& run) {
   const std::string_view rule = attributes.text("update_rule", "gated_delta");
   if (Outcome outcome = attributes.check(); outcome.verdict != Verdict::passed) return outcome;
   if (Outcome outcome = check_inputs(run.node, 6); outcome.verdict != Verdict::passed) return outcome;
-  const auto* const named = std::find_if(std::begin(kRules), std::end(kRules), [&](const auto& r) { return r.first == rule; });
+  const auto* const named =
+      std::find_if(std::begin(kRules), std::end(kRules), [&](const auto& r) { return r.first == rule; });
   if (named == std::end(kRules)) return unsupported("update_rule " + std::string(rule) + " of LinearAttention");
   a.update_rule = named->second;
   return outcome_of(fovea::onnx_linear_attention(a,

@@ -4,8 +4,8 @@
 //   intra     lambda joins the weights of a token pair by their level; with a delta rule those weights are
 //             (Q K' * Gamma) (I + L)^-1 beta, solved for once for all value columns
 //   inter     the levels of whole chunks: one product whose depth is dim_k times the live ones
-//   advance   the levels that merge after the chunk are summed first, so they and the chunk share one update. The others decay:
-//             by a number, kept apart, or under a delta rule by two products, or one with the dim_k x dim_k transition
+//   advance   the levels that merge after the chunk are summed first, so they and the chunk share one update. The others
+//             decay: by a number, kept apart, or under a delta rule by two products, or by one with the chunk's transition
 // Before the first multiple of the chunk, and in decode, tokens go one by one through the same levels.
 #pragma once
 #include "chunk_step.hpp"
@@ -179,7 +179,8 @@ class LevelTask {
   // The levels below `merging` become level `merging`; they are written as zeros where the caller sees them.
   void merge(index_t member, index_t merging, index_t p) const {
     if (!in_place_) {
-      sum_panels(level(member, 0, p), place_.panels * dim_ * kPanel, merging, nullptr, dim_ * kPanel, level(member, merging, p));
+      sum_panels(level(member, 0, p), place_.panels * dim_ * kPanel, merging, nullptr, dim_ * kPanel,
+                 level(member, merging, p));
       return;
     }
     const index_t rows = run_.shape.dim_k, count = columns(p);
@@ -208,7 +209,6 @@ class LevelTask {
               dim_, 1, 1.f, m_.row, m_.token_k);
     float alpha = 0.f, beta = 1.f;
     spec_.decay.alpha(at_, &alpha, 1);
-    std::fill_n(m_.token_alpha, dim_, alpha);
     if constexpr (kDelta) {
       spec_.update.beta(at_, 0, 1, &beta, 1);
       for (index_t d = 0; d < dim_; d += kLanes) store(m_.token_removal + d, load(m_.token_k + d) * f32(alpha));
@@ -235,8 +235,7 @@ class LevelTask {
       write_token(member, p, beta, lambda[0]);
       for (index_t reader = 0; reader < readers; ++reader) {
         float* const row = m_.token_out + reader * kPanel;
-        if constexpr (CloseOf::skips)
-          spec_.close.skip(at_, (place_.first_panel + p) * kPanel, columns(p), m_.token_v, row);
+        if constexpr (CloseOf::skips) spec_.close.skip(at_, (place_.first_panel + p) * kPanel, columns(p), m_.token_v, row);
         store_values(run_.out, row, columns(p), out_at(out_head(run_, head, reader), pos, p));
       }
     }
@@ -262,11 +261,10 @@ class LevelTask {
   // An older level: read, and what the token does to it, both from the state before:
   // S~ = alpha S, w = -beta S~' k, o += lambda (S~' q + (k . q) w), S = S~ + k w'.
   void pass_token(const LevelPanel& panel, float alpha, float beta, float lambda) const {
-    const StepRows rows{m_.token_alpha, m_.token_removal, nullptr, m_.token_k, nullptr, 0.f, 0.f};
     for (index_t reader = 0; reader < level_readers(run_); ++reader) {
       const float* const q = m_.token_q + reader * dim_;
-      step_dots<kPanelVectors>(panel.data, panel.stride, run_.shape.dim_k, kDelta && reader == 0 ? m_.token_removal : nullptr, q,
-                               m_.token_p, m_.token_y);
+      step_dots<kPanelVectors>(panel.data, panel.stride, run_.shape.dim_k,
+                               kDelta && reader == 0 ? m_.token_removal : nullptr, q, m_.token_p, m_.token_y);
       const f32 passes(alpha * lambda), writes(kDelta ? lambda * dot(m_.token_k, q) : 0.f);
       float* const out = m_.token_out + reader * kPanel;
       for (index_t n = 0; n < kPanel; n += kLanes) {
@@ -278,11 +276,7 @@ class LevelTask {
         store(out + n, sum);
       }
     }
-    if constexpr (kDelta) {
-      step_update<kPanelVectors>(panel.data, panel.stride, run_.shape.dim_k, rows, m_.token_w, nullptr, panel.data, panel.stride);
-    } else {
-      scale_panel(panel.data, panel.stride, run_.shape.dim_k, alpha);
-    }
+    update_panel(panel.data, panel.stride, run_.shape.dim_k, alpha, kDelta ? m_.token_k : nullptr, m_.token_w);
   }
 
   // Level 0 is the token itself.
@@ -302,7 +296,8 @@ class LevelTask {
       panel = {level(member, 0, p), kPanel, false};
     }
     for (index_t d = 0; d < (in_place_ ? run_.shape.dim_k : dim_); ++d) {
-      for (index_t n = 0; n < kPanel; n += kLanes) store(panel.data + d * panel.stride + n, load(m_.token_w + n) * f32(m_.token_k[d]));
+      for (index_t n = 0; n < kPanel; n += kLanes)
+        store(panel.data + d * panel.stride + n, load(m_.token_w + n) * f32(m_.token_k[d]));
     }
     close(panel, 0, p);
   }
@@ -329,8 +324,8 @@ class LevelTask {
       const index_t head = state_head(run_, place_.group, member);
       at_ = {place_.sequence, place_.tokens.batch, head, begin, count};
       load_keys(shared_head(head, shape.state_heads, shape.k_heads, run_.head_map));
-      load_values(run_, place_, shared_head(head, shape.state_heads, shape.v_heads, run_.head_map), begin, count, stride_, rows_,
-                  m_.row, m_.v);
+      load_values(run_, place_, shared_head(head, shape.state_heads, shape.v_heads, run_.head_map), begin, count, stride_,
+                  rows_, m_.row, m_.v);
       prepare_gates();
       prepare_level_weights();
       prepare_keys();
@@ -445,7 +440,8 @@ class LevelTask {
     }
     index_t passing = 0;
     for (index_t n = 0; n < live_count_; ++n) passing += live_[n] >= merging_bits() ? 1 : 0;
-    const index_t dim_k = run_.shape.dim_k, dim_v = run_.shape.dim_v;   // not the columns of the task: equal bits on all lanes
+    const index_t dim_k = run_.shape.dim_k,
+                  dim_v = run_.shape.dim_v;   // not the columns of the task: equal bits on all lanes
     by_transition_ = dim_k * rows_ + passing * dim_k * dim_v < 2 * passing * rows_ * dim_v;
     if (!writes() || passing == 0) return;
     if (!by_transition_) return transpose_rows(m_.erase, dim_, rows_, dim_, m_.erase_t, stride_);
@@ -519,20 +515,23 @@ class LevelTask {
     const float* const weights = kDelta ? m_.mixed : m_.weights;
     ProductTerm terms[kMaxLevels];
     for (index_t n = 0; n < live_count_; ++n)
-      terms[n] = {m_.level_q + n * dim_ * stride_, stride_, level(member, level_of_bit(live_[n]), p), kPanel, run_.shape.dim_k};
+      terms[n] = {m_.level_q + n * dim_ * stride_, stride_, level(member, level_of_bit(live_[n]), p), kPanel,
+                  run_.shape.dim_k};
     with_width(columns(p), [&](auto vectors) {
       for (index_t r = 0; r < rows_;) {
         const index_t first = r;
         r += with_tile_rows(rows_ - first, [&](auto rows) {
           terms[live_count_] = {weights + first, stride_, v, kPanel, std::min(rows_, first + rows.value)};
-          product_tile<rows.value, vectors.value>(terms, static_cast<int>(live_count_ + 1), {}, m_.out + first * kPanel, kPanel);
+          product_tile<rows.value, vectors.value>(terms, static_cast<int>(live_count_ + 1), {}, m_.out + first * kPanel,
+                                                  kPanel);
         });
         for (index_t n = 0; n < live_count_; ++n) terms[n].a += r - first;
       }
     });
     for (index_t i = 0; i < at_.count; ++i) {
       float* const row = m_.out + i * kPanel;
-      if constexpr (CloseOf::skips) spec_.close.skip(at_, (place_.first_panel + p) * kPanel, columns(p), v + i * kPanel, row);
+      if constexpr (CloseOf::skips)
+        spec_.close.skip(at_, (place_.first_panel + p) * kPanel, columns(p), v + i * kPanel, row);
       store_values(run_.out, row, columns(p), out_at(out, at_.begin + i, p));
     }
   }
@@ -598,7 +597,8 @@ class LevelTask {
       std::fill_n(m_.w, rows_ * kPanel, 0.f);
       std::copy(v + begin * kPanel, v + end * kPanel, m_.w + begin * kPanel);
       solve<Vectors>(start, nullptr, {m_.w, kPanel, -1.f}, m_.w, kPanel);
-      products<Vectors>(dim_, {m_.k_out + start * dim_, dim_, m_.w + start * kPanel, kPanel, at_.count - start}, {}, to, kPanel);
+      products<Vectors>(dim_, {m_.k_out + start * dim_, dim_, m_.w + start * kPanel, kPanel, at_.count - start}, {}, to,
+                        kPanel);
     }
   }
 
@@ -613,7 +613,8 @@ class LevelTask {
       }
       for (index_t n = 0; n < live_count_; ++n) {
         const index_t l = level_of_bit(live_[n]);
-        for (index_t p = 0; p < place_.panels; ++p) scale_panel(level(member, l, p), kPanel, dim_, scale[l]);
+        for (index_t p = 0; p < place_.panels; ++p)
+          update_panel(level(member, l, p), kPanel, dim_, scale[l], nullptr, nullptr);
       }
     }
   }
@@ -661,8 +662,9 @@ class LevelTask {
     for (index_t r = start; r < rows_;) {
       const index_t first = r;
       r += with_tile_rows(rows_ - first, [&](auto rows) {
-        const ProductTerm terms[2] = {{m_.k_t + first, stride_, state, kPanel, run_.shape.dim_k},
-                                      {m_.lower + start * stride_ + first, stride_, to + start * stride, stride, first - start}};
+        const ProductTerm terms[2] = {
+            {m_.k_t + first, stride_, state, kPanel, run_.shape.dim_k},
+            {m_.lower + start * stride_ + first, stride_, to + start * stride, stride, first - start}};
         ProductBase base = from_row(from, first);
         if (state != nullptr) base.scale_by_row = m_.prefix + first;
         solve_tile<rows.value, Vectors>(state != nullptr ? terms : terms + 1, state != nullptr ? 2 : 1, base,
@@ -680,14 +682,14 @@ class LevelTask {
   TaskPlace place_{};
   ChunkPlace at_{};
   index_t group_ = 1, first_ = 0;
-  index_t rows_ = 0, number_ = 0;      // of the chunk: tokens padded to whole vectors; which one since token 0
+  index_t rows_ = 0, number_ = 0;                    // of the chunk: tokens padded to whole vectors; which one since token 0
   index_t live_[kMaxLevels] = {}, live_count_ = 0;   // bits of number_
   index_t loaded_q_ = -1, loaded_k_ = -1;
   float total_ = 1.f;
   bool last_ = false, by_transition_ = false;
 };
 
-// Chunks longer than the softmax engine's pay: fewer levels are live, and the products with them are deeper.
+// Twice those of a single state: fewer levels are live. 32 and 128 took within 10 % of its time from 2k to 64k tokens.
 inline constexpr index_t kLevelChunk = 64;
 
 inline RecurrentPlan plan_levels(const LevelRun& run, const RecurrentOptions<float>& options) {
@@ -703,8 +705,8 @@ inline RecurrentPlan plan_levels(const LevelRun& run, const RecurrentOptions<flo
     }
     return most;
   };
-  const bool steps = options.form == RecurrentForm::step ||
-                     (options.form == RecurrentForm::automatic && plan.form == RecurrentForm::fused && longest() <= kStepUpTo);
+  const bool steps = options.form == RecurrentForm::step || (options.form == RecurrentForm::automatic &&
+                                                             plan.form == RecurrentForm::fused && longest() <= kStepUpTo);
   if (steps && run.final_levels) plan.form = RecurrentForm::step;
   return plan;
 }

@@ -4,6 +4,8 @@
 // dots of a token are taken of the state before it:
 //   p = S' r,  y = S' (alpha q),  w = beta (v - p),  o = y + (k . q) w,  S = Diag(alpha) S + k w'.
 #pragma once
+#include <cmath>
+
 #include "../simd/math.hpp"
 #include "chunk_memory.hpp"
 
@@ -60,9 +62,10 @@ FOVEA_INLINE void step_dots(const float* state, index_t stride, index_t dim_k, c
 }
 
 // to = Diag(alpha) from + k w' + b p'.
+// ahead: bytes from a row to what the next tile reads in its place.
 template <int Vectors>
 FOVEA_INLINE void step_update(const float* from, index_t from_stride, index_t dim_k, const StepRows& rows, const float* w,
-                              const float* p, float* to, index_t to_stride) {
+                              const float* p, float* to, index_t to_stride, index_t ahead) {
   f32 written[Vectors], removed[Vectors];
   FOVEA_UNROLL
   for (int n = 0; n < Vectors; ++n) {
@@ -73,11 +76,36 @@ FOVEA_INLINE void step_update(const float* from, index_t from_stride, index_t di
     const f32 alpha(rows.alpha[d]), k(rows.k[d]);
     FOVEA_UNROLL
     for (int n = 0; n < Vectors; ++n) {
+      prefetch_l2(reinterpret_cast<const std::byte*>(from + n * kLanes), ahead);   // L1 holds the tile in work
       f32 s = load(from + n * kLanes) * alpha;
       if (rows.b != nullptr) s = fma(removed[n], f32(rows.b[d]), s);
       store(to + n * kLanes, fma(written[n], k, s));
     }
   }
+}
+
+// Both at once, where what is written does not depend on what is read: y of the state before, and one sweep instead of two.
+template <int Vectors>
+FOVEA_INLINE void step_once(float* state, index_t stride, index_t dim_k, const StepRows& rows, const float* w, float* y,
+                            index_t ahead) {
+  f32 written[Vectors], sum[Vectors];
+  FOVEA_UNROLL
+  for (int n = 0; n < Vectors; ++n) {
+    written[n] = load(w + n * kLanes);
+    sum[n] = f32(0.f);
+  }
+  for (index_t d = 0; d < dim_k; ++d, state += stride) {
+    const f32 alpha(rows.alpha[d]), k(rows.k[d]), read(rows.read[d]);
+    FOVEA_UNROLL
+    for (int n = 0; n < Vectors; ++n) {
+      prefetch(reinterpret_cast<const std::byte*>(state + n * kLanes), ahead);
+      const f32 s = load(state + n * kLanes);
+      sum[n] = fma(s, read, sum[n]);
+      store(state + n * kLanes, fma(written[n], k, s * alpha));
+    }
+  }
+  FOVEA_UNROLL
+  for (int n = 0; n < Vectors; ++n) store(y + n * kLanes, sum[n]);
 }
 
 template <class Spec>
@@ -202,7 +230,7 @@ class StepTask {
     for (index_t reader = 0; reader < readers; ++reader) {
       const index_t out = out_head(run_, head_, reader);
       prepare_read(shared_head(out, shape.out_heads, shape.q_heads, run_.head_map), rows);
-      sweep(rows, reader == 0, reader + 1 == readers);
+      sweep(rows, reader + 1 == readers);
       write_out(out, rows, t);
     }
     if constexpr (CloseOf::divides) {
@@ -246,33 +274,51 @@ class StepTask {
     store(m_.out + n, o);
   }
 
-  void sweep(const StepRows& rows, bool first, bool last) {
-    if (in_place_ && run_.layout == StateLayout::v_first) return sweep_rows(rows, first, last);
+  void sweep(const StepRows& rows, bool last) {
+    if (in_place_ && run_.layout == StateLayout::v_first) return sweep_rows(rows, last);
     if (in_place_) {
       const StateColumns<float> s = final();
       index_t n = 0;
-      for (; n + 4 * kLanes <= columns_; n += 4 * kLanes) sweep_tile<4>(rows, s.data + n, s.k_stride, n, first, last);
-      for (; n + kLanes <= columns_; n += kLanes) sweep_tile<1>(rows, s.data + n, s.k_stride, n, first, last);
-      if (n < columns_) sweep_tail(rows, s.data + n, s.k_stride, n, first, last);
+      if constexpr (!kRemoves) {
+        for (; n + 8 * kLanes <= columns_; n += 8 * kLanes) sweep_tile<8>(rows, s.data + n, s.k_stride, n, last);
+      }
+      for (; n + 4 * kLanes <= columns_; n += 4 * kLanes) sweep_tile<4>(rows, s.data + n, s.k_stride, n, last);
+      for (; n + kLanes <= columns_; n += kLanes) sweep_tile<1>(rows, s.data + n, s.k_stride, n, last);
+      if (n < columns_) sweep_tail(rows, s.data + n, s.k_stride, n, last);
       return;
     }
     for (index_t p = 0; p < place_.panels; ++p) {
       float* const s = m_.state + p * dim_ * kPanel;
-      sweep_tile<kPanelVectors>(rows, s, kPanel, p * kPanel, first, last);
+      sweep_tile<kPanelVectors>(rows, s, kPanel, p * kPanel, last);
     }
   }
 
   template <int Vectors>
-  FOVEA_INLINE void sweep_tile(const StepRows& rows, float* s, index_t stride, index_t n, bool first, bool last) {
+  FOVEA_INLINE void sweep_tile(const StepRows& rows, float* s, index_t stride, index_t n, bool last) {
+    if (!kRemoves && last) {
+      const index_t ahead = in_place_ ? kRowsAhead * stride * static_cast<index_t>(sizeof(float)) : 0;
+      step_once<Vectors>(s, stride, run_.shape.dim_k, rows, m_.v + n, m_.out + n, ahead);
+      FOVEA_UNROLL
+      for (int i = 0; i < Vectors; ++i) combine(rows, n + i * kLanes);
+      return;
+    }
     step_dots<Vectors>(s, stride, run_.shape.dim_k, kRemoves ? rows.removal : nullptr, rows.read, m_.p + n, m_.out + n);
     FOVEA_UNROLL
     for (int i = 0; i < Vectors; ++i) combine(rows, n + i * kLanes);
-    static_cast<void>(first);
-    if (last) step_update<Vectors>(s, stride, run_.shape.dim_k, rows, m_.w + n, m_.p + n, s, stride);
+    if (last) step_update<Vectors>(s, stride, run_.shape.dim_k, rows, m_.w + n, m_.p + n, s, stride, next_tile<Vectors>(n));
+  }
+
+  // Bytes to the tile after this one: the columns to the right, or the first ones of the next head.
+  template <int Vectors>
+  index_t next_tile(index_t n) const {
+    if (!in_place_) return 0;
+    const index_t step = Vectors * kLanes;
+    const index_t to = n + 2 * step <= columns_ ? step : run_.final_state.stride[1] - n;
+    return to * static_cast<index_t>(sizeof(float));
   }
 
   // Fewer columns than lanes, in place.
-  void sweep_tail(const StepRows& rows, float* s, index_t stride, index_t n, bool, bool last) {
+  void sweep_tail(const StepRows& rows, float* s, index_t stride, index_t n, bool last) {
     const index_t count = columns_ - n;
     f32 p(0.f), y(0.f);
     for (index_t d = 0; d < run_.shape.dim_k; ++d) {
@@ -292,9 +338,10 @@ class StepTask {
   }
 
   // V-first: the dots of four rows at once, then those rows, still in L1.
-  void sweep_rows(const StepRows& rows, bool, bool last) {
+  void sweep_rows(const StepRows& rows, bool last) {
     const StateColumns<float> s = final();
     const index_t dim_k = run_.shape.dim_k, whole = dim_k / kLanes * kLanes, tail = dim_k - whole;
+    const index_t ahead = kRowsAhead * s.v_stride * static_cast<index_t>(sizeof(float));
     for (index_t n = 0; n < columns_; n += 4) {
       const index_t live = std::min<index_t>(4, columns_ - n);
       float* at[4];
@@ -310,6 +357,7 @@ class StepTask {
         if constexpr (kRemoves) removal = load(rows.removal + d);
         FOVEA_UNROLL
         for (index_t r = 0; r < 4; ++r) {
+          prefetch(reinterpret_cast<const std::byte*>(at[r] + d), ahead);
           const f32 cells = cells_at(at[r] + d);
           if constexpr (kRemoves) p[r] = fma(cells, removal, p[r]);
           y[r] = fma(cells, read, y[r]);
@@ -324,8 +372,8 @@ class StepTask {
         w[r] = r < live ? m_.v[n + r] : 0.f;
         if constexpr (kDelta) w[r] = m_.beta[std::min(n + r, columns_ - 1)] * (w[r] - sum_p[r]);
         if (r >= live) continue;
-        float o = sum_y[r] + w[r] * rows.k_dot_q;
-        if constexpr (kLowRank) o += sum_p[r] * rows.b_dot_q;
+        float o = std::fma(w[r], rows.k_dot_q, sum_y[r]);
+        if constexpr (kLowRank) o = std::fma(sum_p[r], rows.b_dot_q, o);
         m_.out[n + r] = o;
       }
       if (!last) continue;
@@ -348,6 +396,9 @@ class StepTask {
       }
     }
   }
+
+  // Rows that come after those in work: 4 KiB at a dim_k of 128, and beyond the head those of the next.
+  static constexpr index_t kRowsAhead = 8;
 
   void write_out(index_t out, const StepRows& rows, index_t t) {
     if constexpr (CloseOf::divides) {

@@ -20,11 +20,11 @@ inline index_t trailing_zeros(index_t n) { return static_cast<index_t>(std::coun
 inline index_t levels_for(index_t tokens) { return tokens == 0 ? 0 : bits_of(tokens - 1) + 1; }
 
 struct LevelRun : RecurrentRun {
-  View<const float, 4> level_weight{};       // [batch | 1, state_head | 1, pos | 1, level], shared axes with stride 0
-  std::span<const index_t> first_pos;        // [sequence]
-  View<const float, 5> initial_levels{};     // [sequence, state_head, level, dim_k, dim_v] or as `layout` says
+  View<const float, 4> level_weight{};     // [batch | 1, state_head | 1, pos | 1, level], shared axes with stride 0
+  std::span<const index_t> first_pos;      // [sequence]
+  View<const float, 5> initial_levels{};   // [sequence, state_head, level, dim_k, dim_v] or as `layout` says
   View<float, 5> final_levels{};
-  index_t levels = 1;                        // of the sequence that needs most
+  index_t levels = 1;   // of the sequence that needs most
 
   index_t first_of(index_t sequence) const { return first_pos.empty() ? 0 : first_pos[static_cast<std::size_t>(sequence)]; }
 };
@@ -50,31 +50,38 @@ inline void sum_panels(const float* panels, index_t stride, index_t count, const
   }
 }
 
-inline void scale_panel(float* panel, index_t stride, index_t rows, float factor) {
-  for (index_t d = 0; d < rows; ++d) {
-    for (index_t n = 0; n < kPanel; n += kLanes) store(panel + d * stride + n, load(panel + d * stride + n) * f32(factor));
+// panel = factor panel + k w', k null: only the factor.
+inline void update_panel(float* panel, index_t stride, index_t rows, float factor, const float* k, const float* w) {
+  f32 written[kPanelVectors];
+  FOVEA_UNROLL
+  for (int n = 0; n < kPanelVectors; ++n) written[n] = k == nullptr ? f32(0.f) : load(w + n * kLanes);
+  for (index_t d = 0; d < rows; ++d, panel += stride) {
+    const f32 key(k == nullptr ? 0.f : k[d]);
+    FOVEA_UNROLL
+    for (int n = 0; n < kPanelVectors; ++n)
+      store(panel + n * kLanes, fma(written[n], key, load(panel + n * kLanes) * f32(factor)));
   }
 }
 
 // What a lane works in. Rows are [chunk, dim_k], turned ones [dim_k, chunk], both padded to whole vectors.
 struct LevelMemory {
-  float *k_rows, *k_out, *erase, *q_rows;      // rows; erase: minus what the chunk's keys take from a state, per token
-  float *k_t, *q_t, *q_state, *erase_t;        // turned
-  float* level_q;                              // [chunk level, dim_k, chunk]  queries as a level meets them
+  float *k_rows, *k_out, *erase, *q_rows;   // rows; erase: minus what the chunk's keys take from a state, per token
+  float *k_t, *q_t, *q_state, *erase_t;     // turned
+  float* level_q;                           // [chunk level, dim_k, chunk]  queries as a level meets them
   float *qk, *kk, *decays, *lower, *weights, *mixed, *inverse;   // [chunk, chunk]
-  float* transition;                           // [dim_k, dim_k]
+  float* transition;                                             // [dim_k, dim_k]
   float *alpha, *prefix, *suffix, *gain, *beta, *column;         // [chunk]
-  float* lambda;                               // [level, chunk]
-  float* corner;                               // [chunk, kLanes]  lambda on the diagonal
-  float *v, *w;                                // [panel, chunk, kPanel], [chunk, kPanel]
-  float* out;                                  // [chunk, kPanel]
-  float* row;                                  // [widest input row]
-  float* levels;                               // [state, level, panel, dim_k, kPanel]
-  float* scales;                               // [state, level]  levels are kept undecayed where a scalar will do
-  float* panel;                                // [dim_k, kPanel]
-  float *token_k, *token_removal, *token_alpha;   // [dim_k]
-  float* token_q;                              // [reader, dim_k]
-  float* token_out;                            // [reader, kPanel]
+  float* lambda;                                                 // [level, chunk]
+  float* corner;                                                 // [chunk, kLanes]  lambda on the diagonal
+  float *v, *w;                                                  // [panel, chunk, kPanel], [chunk, kPanel]
+  float* out;                                                    // [chunk, kPanel]
+  float* row;                                                    // [widest input row]
+  float* levels;                                                 // [state, level, panel, dim_k, kPanel]
+  float* scales;                                  // [state, level]  levels are kept undecayed where a scalar will do
+  float* panel;                                   // [dim_k, kPanel]
+  float *token_k, *token_removal;                 // [dim_k]
+  float* token_q;                                 // [reader, dim_k]
+  float* token_out;                               // [reader, kPanel]
   float *token_v, *token_w, *token_p, *token_y;   // [kPanel]
 };
 
@@ -86,7 +93,7 @@ inline LevelMemory carve_levels(Bump& bump, const LevelRun& run, index_t chunk_r
   LevelMemory m{};
   m.row = floats(round_up(std::max(run.shape.dim_k, run.shape.dim_v), kLanes));
   m.panel = floats(dim * kPanel);
-  for (float** at : {&m.token_k, &m.token_removal, &m.token_alpha}) *at = floats(dim);
+  for (float** at : {&m.token_k, &m.token_removal}) *at = floats(dim);
   m.token_q = floats(readers * dim);
   m.token_out = floats(readers * kPanel);
   for (float** at : {&m.token_v, &m.token_w, &m.token_p, &m.token_y}) *at = floats(kPanel);

@@ -20,7 +20,8 @@ inline Status check_levels(const LogLinearOptions<float>& levels, const Recurren
                            Memory& memory) {
   const RecurrentShape& s = run.shape;
   if (options.initial_state || options.final_state)
-    return invalid("fovea: the states of log-linear attention are initial_levels and final_levels; a single state was given");
+    return invalid(
+        "fovea: the states of log-linear attention are initial_levels and final_levels; a single state was given");
   if ((options.chunk & (options.chunk - 1)) != 0)
     return invalid("fovea: chunk is %td, must be a power of two: buckets are", options.chunk);
   if (!levels.first_pos.empty() && static_cast<index_t>(levels.first_pos.size()) != s.sequences)
@@ -38,10 +39,11 @@ inline Status check_levels(const LogLinearOptions<float>& levels, const Recurren
     if (before > initial)
       return invalid("fovea: initial_levels has %td levels, %td tokens of sequence %td have %td", initial, first, n, before);
     if (after > final)
-      return invalid("fovea: final_levels has %td levels, %td tokens of sequence %td have %td", final, first + len, n, after);
+      return invalid("fovea: final_levels has %td levels, %td tokens of sequence %td have %td", final, first + len, n,
+                     after);
     if (len > 0 && after > levels.level_weight.extent[3])
-      return invalid("fovea: level_weight has %td levels, %td tokens of sequence %td have %td", levels.level_weight.extent[3],
-                     first + len, n, after);
+      return invalid("fovea: level_weight has %td levels, %td tokens of sequence %td have %td",
+                     levels.level_weight.extent[3], first + len, n, after);
     run.levels = std::max(run.levels, after);
   }
   const index_t width = levels.level_weight.extent[3];
@@ -83,10 +85,11 @@ Status run_levels(LevelRun& run, const Spec& spec, const RecurrentOptions<float>
 }   // namespace door
 
 // The core of log-linear Mamba-2 (C = q, B = k, dt x = v). q [batch, q_head, pos, dim_k], k [batch, k_head, pos, dim_k],
-// v [batch, v_head, pos, dim_v], out [batch, out_head, pos, dim_v] (core/recurrent.hpp); decay.gate [batch | 1, state_head | 1,
-// pos | 1, 1]; levels.level_weight may share axes in the same way. Unscaled. options.initial_state and final_state stay null:
-// states are levels.initial_levels and final_levels, which may be the same memory. Levels that are dead are not read, and
-// not written where both are the same. Nothing is written before every check has passed; out must not overlap anything.
+// v [batch, v_head, pos, dim_v], out [batch, out_head, pos, dim_v] (core/recurrent.hpp); decay.gate [batch | 1,
+// state_head | 1, pos | 1, 1]; levels.level_weight may share axes in the same way. Unscaled. options.initial_state and
+// final_state stay null: states are levels.initial_levels and final_levels, which may be the same memory. Levels that are
+// dead are not read, and not written where both are the same. Nothing is written before every check has passed; out must
+// not overlap anything.
 inline Status log_linear_simple_gla(const Operand& q, const Operand& k, const Operand& v, const Decay<float>& decay,
                                     const LogLinearOptions<float>& levels, const Result& out,
                                     const RecurrentOptions<float>& options = {}) {
@@ -102,9 +105,9 @@ inline Status log_linear_simple_gla(const Operand& q, const Operand& k, const Op
 
 // Log-linear Mamba-2: x, y [batch, head, pos, head_dim]; b, c [batch, group, pos, dim_state] in the places of k and q; the
 // skip d x is added to the output. Otherwise as above.
-inline Status log_linear_mamba2(const Operand& x, const Operand& b, const Operand& c, const Mamba2Parameters<float>& parameters,
-                                const LogLinearOptions<float>& levels, const Result& y,
-                                const RecurrentOptions<float>& options = {}) {
+inline Status log_linear_mamba2(const Operand& x, const Operand& b, const Operand& c,
+                                const Mamba2Parameters<float>& parameters, const LogLinearOptions<float>& levels,
+                                const Result& y, const RecurrentOptions<float>& options = {}) {
   door::Memory memory;
   if (Status s = door::check_recurrent(c, b, x, y, options, memory); !s.ok()) return s;
   LevelRun run = door::bind_levels(c, b, x, y, options);
@@ -121,8 +124,8 @@ inline Status log_linear_mamba2(const Operand& x, const Operand& b, const Operan
 // Log-linear Gated DeltaNet: decay.gate and beta [batch | 1, state_head | 1, pos | 1, 1]. Keys are normalised by the caller;
 // unscaled (the models put 1/sqrt(dim_k) on q and divide lambda by it). Otherwise as above.
 inline Status log_linear_gated_delta(const Operand& q, const Operand& k, const Operand& v, const Decay<float>& decay,
-                                     const View<const float, 4>& beta, const LogLinearOptions<float>& levels, const Result& out,
-                                     const RecurrentOptions<float>& options = {}) {
+                                     const View<const float, 4>& beta, const LogLinearOptions<float>& levels,
+                                     const Result& out, const RecurrentOptions<float>& options = {}) {
   door::Memory memory;
   if (Status s = door::check_recurrent(q, k, v, out, options, memory); !s.ok()) return s;
   LevelRun run = door::bind_levels(q, k, v, out, options);

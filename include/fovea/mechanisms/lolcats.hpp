@@ -140,7 +140,7 @@ inline Shape shape_of(const door::RecurrentShape& call, const LolcatsOptions<flo
 }
 
 // One lane's memory; keys and values lie one after the other and move to the front when the end is reached.
-struct LaneMemory {
+struct LolcatsMemory {
   float* k;                // [2 held, k_stride]
   float* v;                // [2 held, v_stride]
   float* state;            // [2 features, v_stride]
@@ -155,7 +155,7 @@ struct LaneMemory {
   float* out;              // [kBlock, v_stride]
   float* mapped;           // [kBlock, map_stride]
 };
-inline LaneMemory carve(Bump& bump, const Shape& s) {
+inline LolcatsMemory carve(Bump& bump, const Shape& s) {
   return {bump.take<float>(2 * s.held * s.k_stride),     bump.take<float>(2 * s.held * s.v_stride),
           bump.take<float>(2 * s.features * s.v_stride), bump.take<float>(s.feature_stride),
           bump.take<float>(s.dim_k * s.map_stride),      bump.take<float>(s.dim_k * s.map_stride),
@@ -200,7 +200,7 @@ struct Call {
 // One head of one sequence. Keys are counted through: first those of the initial window, then those of the call.
 class HeadRun {
  public:
-  HeadRun(const Call& call, index_t sequence, index_t head, const LaneMemory& memory)
+  HeadRun(const Call& call, index_t sequence, index_t head, const LolcatsMemory& memory)
       : call_(call),
         s_(call.shape),
         m_(memory),
@@ -421,7 +421,7 @@ class HeadRun {
 
   const Call& call_;
   const Shape& s_;
-  const LaneMemory& m_;
+  const LolcatsMemory& m_;
   const index_t sequence_, head_;
   const door::SequenceRun run_;
   const index_t given_, k_head_, v_head_, q_head_;
@@ -547,7 +547,7 @@ inline Status lolcats(const Operand& q_in, const Operand& k_in, const Operand& v
     const std::size_t slice = one_lane.used();
     deal(options.executor, lanes_of(shape, options), shape.sequences * shape.out_heads, [&](int lane, index_t task) {
       Bump bump(base + static_cast<std::size_t>(lane) * slice);
-      const LaneMemory lane_memory = carve(bump, call.shape);
+      const LolcatsMemory lane_memory = carve(bump, call.shape);
       HeadRun(call, task / shape.out_heads, task % shape.out_heads, lane_memory).run();
     });
     return {};

@@ -303,7 +303,7 @@ inline Status performer(const Operand& q, const Operand& k, const Operand& v, co
     RecurrentOptions<float> rest = options;
     rest.workspace = bytes.subspan(bump.used());
     if (!linear.normalize) return door::run_recurrent(bound.run, UnnormalizedSpec{{}, {}, {}, {}}, rest);
-    return door::run_recurrent(bound.run, PerformerSpec{{}, {}, {}, {linear.eps, linear.clamp_denominator}}, rest);
+    return door::run_recurrent(bound.run, PerformerSpec{{}, {}, {}, {linear.eps, linear.clamp_denominator, true}}, rest);
   };
   if (!options.workspace.empty()) return execute(options.workspace);
   struct Local : door::LocalBytes {};

@@ -82,9 +82,9 @@ inline ConvolveRow convolve_row_for(index_t width, bool with_silu) {
 }
 
 // One block of channels of one sequence.
-class Block {
+class ChannelBlock {
  public:
-  Block(const Operand& x, const Result& y, const ShortConvParameters<float>& parameters, index_t sequence,
+  ChannelBlock(const Operand& x, const Result& y, const ShortConvParameters<float>& parameters, index_t sequence,
         const door::SequenceRun& run, index_t first, index_t most)
       : x_(x),
         y_(y),
@@ -226,7 +226,7 @@ inline Status short_conv(const Operand& x_any, const ShortConvParameters<float>&
     deal(options.executor, lanes, sequences * blocks, [&](int lane, index_t task) {
       Bump bump(begin + lane_bytes.used() * static_cast<std::size_t>(lane));
       const index_t sequence = task / blocks;
-      const Block block(x, y, parameters, sequence, door::sequence_run(shape, options.cu_len, sequence),
+      const ChannelBlock block(x, y, parameters, sequence, door::sequence_run(shape, options.cu_len, sequence),
                         task % blocks * most, most);
       block.run(carve(bump, most, width));
     });

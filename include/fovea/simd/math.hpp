@@ -28,7 +28,7 @@ FOVEA_INLINE f32 exp2(f32 t, float lowest = -126.f) {
 // t = 0, where exp2 is 9e-8 too small on average (a decay of 1e-3 a token over 4096 tokens: 9e-5 in the result, with this
 // 1e-6). One FMA more. At most 2 ULP (1.4 found).
 FOVEA_INLINE f32 exp2_centred(f32 t, float lowest = -126.f) {
-  const f32 x = from_nearest(t);
+  const f32 x = from_nearest(select(t < f32(lowest), f32(lowest), t));   // -inf would be NaN
   f32 p = fma(x, f32(1.5353520575445145e-4f), f32(1.3398887822404504e-3f));
   p = fma(x, p, f32(9.6184369176626205e-3f));
   p = fma(x, p, f32(5.5503323674201965e-2f));

@@ -23,6 +23,12 @@ FOVEA_INLINE void prefetch(const std::byte* at, index_t ahead) {
       reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(at) + static_cast<std::uintptr_t>(ahead)));
 }
 
+// The same into L2 only.
+FOVEA_INLINE void prefetch_l2(const std::byte* at, index_t ahead) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(at) + static_cast<std::uintptr_t>(ahead)), 0, 2);
+}
+
 // The first `count` of up to kLanes values `stride` apart, zeros behind them.
 FOVEA_INLINE f32 load_strided(const float* from, index_t stride, index_t count) {
   if (stride == 1) return count >= kLanes ? load(from) : load_some(from, count > 0 ? count : 0);
