@@ -271,7 +271,7 @@ TEST_CASE("log-linear: lengths and starts around every chunk, in every form") {
   }
 }
 
-// Dims with part of a panel, whole ones and both; levels that a delta rule passes over by one product (small dim_k) and by two.
+// Dims with part of a panel, whole ones and both; levels passed over by one product (small dim_k) and by two.
 TEST_CASE("log-linear: every option with every other", "[grid]") {
   struct Dims {
     index_t k, v;
