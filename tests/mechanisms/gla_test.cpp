@@ -109,7 +109,13 @@ TEST_CASE("GLA: an erased channel loses its row of the state and no other") {
       for (index_t j = 0; j < 20; ++j) {
         const double alone = problem.k.get(0, 0, kLast, i) * problem.v.get(0, 0, kLast, j);
         if (i == 5) CHECK(partly.state.get(0, 0, i, j) == Catch::Approx(alone).epsilon(1e-6));
-        if (i != 5) CHECK(partly.state.get(0, 0, i, j) == whole.state.get(0, 0, i, j));
+        if (i == 5) continue;
+        const double other = whole.state.get(0, 0, i, j);
+        if (how.form == fovea::RecurrentForm::step || how.form == fovea::RecurrentForm::fused) {
+          CHECK(partly.state.get(0, 0, i, j) == other);
+        } else {   // the chunk takes its exact form for all channels: 37 tokens, four roundings each, of numbers near 1
+          CHECK(partly.state.get(0, 0, i, j) == Catch::Approx(other).margin(37 * 4 * 0x1p-24));
+        }
       }
     }
     Problem reset = problem;

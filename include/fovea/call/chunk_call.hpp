@@ -23,8 +23,8 @@ inline RecurrentRun bind_recurrent(const Operand& q, const Operand& k, const Ope
   run.scale = options.scale ? *options.scale : own_scale;
   run.head_map = options.head_map;
   run.layout = options.layout;
-  run.initial_state = options.initial_state;
-  run.final_state = options.final_state;
+  run.initial_state = tidy(options.initial_state);
+  run.final_state = tidy(options.final_state);
   run.cu_len = options.cu_len;
   return run;
 }

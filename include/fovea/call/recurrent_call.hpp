@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 
 #include "../core/recurrent.hpp"
 #include "../core/workspace.hpp"
@@ -18,6 +19,7 @@ inline namespace FOVEA_ARCH {
 namespace door {
 
 inline constexpr index_t kMaxRecurrentDim = 4096;
+inline constexpr index_t kMaxStates = index_t{1} << 24;
 inline constexpr int kMaxRecurrentLanes = 1 << 16;
 
 // The memory of one call: what it writes may not meet anything else that it reads or writes. Null views are absent.
@@ -30,10 +32,12 @@ class Memory {
   // What is written must not overlap itself either.
   template <class Shaped>
   Status writes(const char* name, const Shaped& view) {
-    if (view.data != nullptr && !writes_apart(view)) return invalid("fovea: %s overlaps itself", name);
-    return note(name, view, outputs_, output_count_);
+    if (Status s = note(name, view, outputs_, output_count_); !s.ok()) return s;
+    if (view.data != nullptr && !is_empty(view) && !writes_apart(view)) return invalid("fovea: %s overlaps itself", name);
+    return {};
   }
-  // An output that may be exactly an input (a state updated in place): it is not compared with that one.
+  // An output that may be exactly an input (a state updated in place): where data and strides are the same, the two are not
+  // compared.
   void may_be(const char* output, const char* input) {
     same_output_[same_count_] = output;
     same_input_[same_count_++] = input;
@@ -43,10 +47,11 @@ class Memory {
     for (std::size_t o = 0; o < output_count_; ++o) {
       for (std::size_t i = 0; i < input_count_; ++i) {
         if (are_the_same(outputs_[o], inputs_[i])) continue;
-        if (Status s = door::check_apart(outputs_[o], inputs_[i].name, inputs_[i].bytes); !s.ok()) return s;
+        if (Status s = door::check_apart(outputs_[o].range, inputs_[i].range.name, inputs_[i].range.bytes); !s.ok()) return s;
       }
       for (std::size_t other = o + 1; other < output_count_; ++other) {
-        if (Status s = door::check_apart(outputs_[o], outputs_[other].name, outputs_[other].bytes); !s.ok()) return s;
+        if (Status s = door::check_apart(outputs_[o].range, outputs_[other].range.name, outputs_[other].range.bytes); !s.ok())
+          return s;
       }
     }
     return {};
@@ -54,7 +59,12 @@ class Memory {
 
  private:
   static constexpr std::size_t kMost = 24;
-  using Ranges = std::array<OutputBytes, kMost>;
+  struct Noted {
+    OutputBytes range;
+    const void* data;
+    std::array<index_t, 5> stride;   // 0 on axes of extent 1
+  };
+  using Ranges = std::array<Noted, kMost>;
 
   template <class Shaped>
   static Status note(const char* name, const Shaped& view, Ranges& ranges, std::size_t& count) {
@@ -62,17 +72,22 @@ class Memory {
     Bytes bytes;
     if (Status s = check_data(name, view, bytes); !s.ok()) return s;
     FOVEA_ASSERT(count < kMost);
-    ranges[count++] = {name, bytes};
+    Noted& noted = ranges[count++];
+    noted = {{name, bytes}, view.data, {}};
+    static_assert(std::tuple_size_v<decltype(view.extent)> <= 5);
+    for (std::size_t axis = 0; axis < view.extent.size(); ++axis) {
+      if (view.extent[axis] > 1) noted.stride[axis] = view.stride[axis];
+    }
     return {};
   }
   template <class Shaped>
   static bool is_absent(const Shaped& view) {
     return std::all_of(view.extent.begin(), view.extent.end(), [](index_t extent) { return extent == 0; });
   }
-  bool are_the_same(const OutputBytes& output, const OutputBytes& input) const {
-    if (output.bytes.begin != input.bytes.begin || output.bytes.end != input.bytes.end) return false;
+  bool are_the_same(const Noted& output, const Noted& input) const {
+    if (output.data != input.data || output.stride != input.stride) return false;
     for (std::size_t i = 0; i < same_count_; ++i) {
-      if (same_output_[i] == output.name && same_input_[i] == input.name) return true;
+      if (std::strcmp(same_output_[i], output.range.name) == 0 && std::strcmp(same_input_[i], input.range.name) == 0) return true;
     }
     return false;
   }
@@ -171,7 +186,7 @@ inline Status check_states(const RecurrentShape& s, const RecurrentOptions<float
   if (Status status = check_like("final_state", o.final_state, want, memory); !status.ok()) return status;
   memory.may_be("final_state", "initial_state");
   if (o.initial_state && o.final_state && o.initial_state.data == o.final_state.data &&
-      o.initial_state.stride != o.final_state.stride)
+      tidy(o.initial_state).stride != tidy(o.final_state).stride)
     return invalid("fovea: initial_state and final_state share their memory with different strides");
   return {};
 }
@@ -206,6 +221,8 @@ inline Status check_recurrent(const Operand& q, const Operand& k, const Operand&
     return invalid("fovea: k heads (%td) and v heads (%td) do not divide each other", s.k_heads, s.v_heads);
   if (s.out_heads % s.q_heads != 0 || s.out_heads % s.state_heads != 0)
     return invalid("fovea: q heads (%td) and states (%td) do not divide each other", s.q_heads, s.state_heads);
+  if (s.sequences > kMaxStates / s.state_heads)
+    return unsupported("fovea: up to %td states are supported: %td sequences of %td", kMaxStates, s.sequences, s.state_heads);
   if (s.dim_k < 1 || s.dim_v < 1 || s.dim_k > kMaxRecurrentDim || s.dim_v > kMaxRecurrentDim)
     return unsupported("fovea: dims 1 to %td are supported: dim_k %td, dim_v %td", kMaxRecurrentDim, s.dim_k, s.dim_v);
   if (Status status = check_extents("q", q, {s.batch, s.q_heads, s.len, k.extent[3]}, "k and v"); !status.ok()) return status;

@@ -28,6 +28,7 @@ class ChunkTask {
   static constexpr bool kSolves = kDelta || kLowRank;
   static_assert(!ReadOf::exclusive || kByKey, "an exclusive read goes with factors per key channel");
   static_assert(!kLowRank || kByKey, "low-rank updates go with factors per key channel");
+  static_assert(!kByKey || !CloseOf::divides, "a key sum goes with factors per token or head");
 
  public:
   static index_t chunk_rows(const RecurrentRun& run) { return round_up(run.plan.chunk, std::max<index_t>(kLanes, 4)); }
@@ -39,6 +40,7 @@ class ChunkTask {
       : run_(run), spec_(spec), m_(memory), stride_(chunk_rows(run)), dim_(padded_dim_k(run.shape)) {}
 
   void operator()(index_t task) {
+    static_assert(!kByKey || !has_gain(), "gains go with factors per token or head");
     place_ = task_place(run_, task);
     group_ = group_size(run_, place_.group);
     load_states();
@@ -182,7 +184,8 @@ class ChunkTask {
 
   // Rows of whole vectors are turned where they lie; others are copied first.
   RowsAt find_rows(const Operand& x, const RowMap& map, index_t head, float* copy) const {
-    if (!ReadOf::exclusive && map.apply == nullptr && in_place(x.format, x.stride[3]) && at_.count == rows_ && run_.shape.dim_k == dim_)
+    const bool whole = at_.count == rows_ && run_.shape.dim_k == dim_;
+    if (!ReadOf::exclusive && !kLowRank && map.apply == nullptr && whole && in_place(x.format, x.stride[3]))
       return {reinterpret_cast<const float*>(row_at(x, at_.batch, head, at_.begin)), x.stride[2]};
     load_rows(x, map, at_.batch, head, at_.begin, at_.count, run_.shape.dim_k, dim_, rows_, 1.f, m_.row, copy);
     return {copy, dim_};
@@ -318,7 +321,7 @@ class ChunkTask {
   // ---- factors per key channel
 
   // Products from the middle of the chunk make both sides of every score small or large together, and their product is at most
-  // 1: sound as long as half a chunk decays by less than 2^-100. Otherwise decayed copies of the keys, at three times the cost.
+  // 1: sound as long as half a chunk decays by less than 2^-60. Otherwise decayed copies of the keys, at three times the cost.
   void prepare_keys_by_channel() {
     if constexpr (kLowRank) {
       spec_.update.rows(at_, m_.k_rows, dim_, m_.a_rows, m_.b_rows);
@@ -372,7 +375,7 @@ class ChunkTask {
   bool factor_rows() const {
     const index_t middle = rows_ / 2;
     keep_t sound = f32(0.f) == f32(0.f);
-    const f32 least(0x1p-100f), most(0x1p100f);
+    const f32 least(0x1p-60f), most(0x1p60f);
     for (index_t d = 0; d < dim_; d += kLanes) {
       f32 product(1.f);
       store(m_.row_factor + middle * dim_ + d, product);
@@ -554,7 +557,7 @@ class ChunkTask {
       if constexpr (CloseOf::divides) {
         for (index_t n = 0; n < kPanel; n += kLanes) store(numbers + n, load(numbers + n) * f32(m_.divisor[i]));
       }
-      if constexpr (CloseOf::skips) spec_.close.skip(at_, panel * kPanel, columns, values(p) + i * kPanel, numbers);
+      if constexpr (CloseOf::skips) spec_.close.skip(at_, panel * kPanel, columns, values(p) + i * values_.stride, numbers);
       store_values(run_.out, numbers, columns, row + i * run_.out.stride[2] * row_bytes(run_.out.format, 1));
     }
   }

@@ -57,9 +57,12 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOpti
     if (plan.group > sharing) plan.group = plan.group / sharing * sharing;
   }
   plan.groups = (shape.state_heads + plan.group - 1) / plan.group;
-  // Value tiles only where heads are too few to give each lane two tasks.
+  // Value tiles only where heads are too few to give each lane two tasks; and not where a key sum is updated in place, which
+  // every tile reads and one writes.
   const index_t whole = shape.sequences * plan.groups;
-  const index_t tiles = options.executor.lanes() == 1 || whole == 0 || whole >= wanted ? 1 : std::min(panels, (wanted + whole - 1) / whole);
+  const bool one_tile = options.executor.lanes() == 1 || whole == 0 || whole >= wanted ||
+                        (run.initial_key_sum && run.initial_key_sum.data == run.final_key_sum.data);
+  const index_t tiles = one_tile ? 1 : std::min(panels, (wanted + whole - 1) / whole);
   plan.tile_panels = (panels + tiles - 1) / tiles;
   plan.tiles = (panels + plan.tile_panels - 1) / plan.tile_panels;
   plan.tasks = whole * plan.tiles;

@@ -13,6 +13,19 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
+namespace door {
+
+// A map made for rows of another length has none.
+template <class Map>
+index_t features_of(const Map& map, index_t dim) {
+  if constexpr (requires { map.dim; }) {
+    if (map.dim != dim) return 0;
+  }
+  return map.features(dim);
+}
+
+}   // namespace door
+
 struct IdentityFeatures {
   FOVEA_INLINE index_t features(index_t dim) const { return dim; }
 };
@@ -28,9 +41,9 @@ Status linear_attention(const Operand& q, const Operand& k, const Operand& v, co
                         const LinearOptions<float>& linear, const RecurrentOptions<float>& options,
                         const QueryMap& query_map, const KeyMap& key_map) {
   door::Memory memory;
-  const index_t features = key_map.features(k.extent[3]);
-  if (query_map.features(q.extent[3]) != features || features < 1)
-    return door::invalid("fovea: phi gives %td features of q and %td of k", query_map.features(q.extent[3]), features);
+  const index_t features = door::features_of(key_map, k.extent[3]);
+  if (door::features_of(query_map, q.extent[3]) != features || features < 1)
+    return door::invalid("fovea: phi gives %td features of q and %td of k", door::features_of(query_map, q.extent[3]), features);
   if (Status s = door::check_recurrent(q, k, v, out, options, memory, features); !s.ok()) return s;
   if (!std::isfinite(linear.eps)) return door::invalid("fovea: eps %g is not finite", static_cast<double>(linear.eps));
   RecurrentRun run = door::bind_recurrent(q, k, v, out, options, linear.normalize ? 1.f : door::inverse_root(features));
