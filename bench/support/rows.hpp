@@ -36,7 +36,7 @@ class PreparedRow {
 enum class Memory { cached, streamed };
 
 // The suites a row belongs to, as a sum.
-inline constexpr unsigned kCore = 1, kDecode = 2, kStorage = 4, kVariants = 8, kRecurrent = 16;
+inline constexpr unsigned kCore = 1, kDecode = 2, kStorage = 4, kVariants = 8, kRecurrent = 16, kSparse = 32;
 
 struct Row {
   std::string name;   // the problem, then threads and implementation; unique among all suites

@@ -43,6 +43,7 @@ struct Call {
   Needs needs{};
   const void* variant = nullptr;   // its policies, of the type `kernels` and `check_variant` know
   Status (*check_variant)(const void* variant, const AttentionShape& shape) = nullptr;
+  const KeyRanges* lists = nullptr;   // of a sparse call
 };
 
 // Everything else has been checked.
@@ -50,6 +51,7 @@ inline Status execute(AttentionRun& run, std::span<std::byte> workspace, int sli
   if (Status status = check_workspace(workspace, plan.workspace_bytes(slices)); !status.ok()) return status;
   bind(run, plan, call.q, call.kv, call.out, call.options);
   run.variant = call.variant;
+  run.lists = call.lists;
   if (Status status = call.kernels(run); !status.ok()) return status;
   open_workspace(run, workspace, slices);
   const int lanes = std::min(lanes_for(plan, call.options), slices);

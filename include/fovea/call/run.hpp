@@ -34,6 +34,7 @@ class AttentionRun {
   Softmax norm{};
   Store epilogue{};
   const void* variant = nullptr;                // of a variant's call; `lane` knows its type
+  const KeyRanges* lists = nullptr;             // of a sparse call
   void (*lane)(AttentionRun&, int) = nullptr;   // the engine for the panels in use
   std::byte* workspace = nullptr;
   std::size_t lane_bytes = 0;
@@ -60,7 +61,7 @@ inline Reach reach_of(const AttentionOptions& options) {
 inline void bind(AttentionRun& run, const Plan& plan, const Operand& q, const Kv& kv, const Result& out,
                  const AttentionOptions& options) {
   run.plan = &plan;
-  run.queries = {q, scale_of(options, plan.request.dim_qk), kv.k_channel_scale};
+  run.queries = {q, scale_of(options, plan.request.dim_qk), kv.k_channel_scale, plan.request.q_heads / kv.kv_heads};
   run.source = {kv, plan.sequences.data(), {}, {}};
   run.score = {{{options.softcap}, {options.alibi_slopes.empty() ? nullptr : options.alibi_slopes.data()}},
                {tidy(options.bias)}};

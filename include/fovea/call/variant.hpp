@@ -122,8 +122,9 @@ struct VariantTraits<Variant<Score, MaskPolicy, Norm, Watch, Close, kAllOptions>
     return {std::is_same_v<Watch, NoTap> && !kStrip, kStrip, &check_options};
   }
 
-  template <class PanelType>
-  static void lane(AttentionRun& run, int lane) {
+  // The policies of a lane of `run`, over any source of its keys.
+  template <class Source>
+  static auto spec_of(const AttentionRun& run, const Source& source) {
     const V& v = *static_cast<const V*>(run.variant);
     const auto score = [&] {
       if constexpr (!kAllOptions) {
@@ -162,7 +163,11 @@ struct VariantTraits<Variant<Score, MaskPolicy, Norm, Watch, Close, kAllOptions>
         return Closing<Close>{run.epilogue, v.close};
       }
     };
-    tile_lane<PanelType>(run, lane, TileSpec{run.source, score(), mask(), norm(), v.tap, epilogue()});
+    return TileSpec{source, score(), mask(), norm(), v.tap, epilogue()};
+  }
+  template <class PanelType>
+  static void lane(AttentionRun& run, int lane) {
+    tile_lane<PanelType>(run, lane, spec_of(run, run.source));
   }
 };
 

@@ -80,6 +80,10 @@ class Plan {
  public:
   // `sequences` is filled by the caller before; everything else is derived.
   Status build(const PlanRequest& request);
+  // The same where lists say which keys rows have (KeyRanges): a block then never holds rows of two lists, and its keys are
+  // counted in slots of its list. request.kv_heads are the heads that have lists or keys of their own.
+  template <class Lists>
+  Status build(const PlanRequest& request, const Lists& lists);
 
   index_t group() const { return request.q_heads / request.kv_heads; }
   index_t group_rows(Regime regime) const { return regime == Regime::decode ? kDecodeRows : kTileRows; }
@@ -100,9 +104,18 @@ class Plan {
   index_t partial_rows = 0;   // (split, row) pairs
   index_t strip_keys = 0;     // keys of a row of scores that is kept whole, in whole key tiles; 0 without
   bool has_packed = false;
+  bool listed = false;        // keys are slots of lists
   std::vector<Sequence> sequences;
   std::vector<Block> blocks;
   std::vector<Task> tasks;
+
+ private:
+  struct Keys {
+    index_t begin, end;
+  };
+  // list_rows: rows that may share a block. keys(sequence, kv_head, first row, end row).
+  template <class KeysOf>
+  Status build_tasks(index_t list_rows, const KeysOf& keys_of);
 };
 
 // One lane's slice of the workspace. Filled by the same code that counts its bytes.
@@ -119,7 +132,14 @@ struct LaneMemory {
   std::uint8_t* live;   // [row of a group, kMaxKeyTile]
   index_t* hulls;       // [row group, 2]
   float* strip;         // [max_rows + 1, strip_keys]  the last row is scratch
+  std::int32_t* positions;   // [kMaxKeyTile + kPositionsAhead]  of the key tile's slots, where keys are listed
+  std::byte* gathered;       // [kGatherRows, gathered_row(dim_qk)], [kGatherRows, gathered_row(dim_v)]
 };
+
+inline constexpr index_t kPositionsAhead = 64;   // slots behind a key tile that its last rows may prefetch
+inline constexpr index_t kGatherRows = 16;       // scattered rows that are copied together: one transposition of keys
+// Bytes of a stored row of any format: numbers of up to 8 bytes, or codes in whole groups with scales and other numbers behind.
+constexpr index_t gathered_row(index_t dim) { return padded(8 * dim + 128, 64); }
 
 inline constexpr index_t kStateBytes = 32;   // of a row's normaliser; the workspace's size is known before the policies are
 inline constexpr index_t kGroupRows = std::max(kTileRows, kDecodeRows);
@@ -143,6 +163,8 @@ inline LaneMemory carve_lane(Bump& bump, const Plan& plan) {
   memory.live = bump.take<std::uint8_t>(kGroupRows * kMaxKeyTile);
   memory.hulls = bump.take<index_t>(2 * (rows / std::min(kTileRows, kDecodeRows) + 1));
   memory.strip = bump.take<float>(plan.strip_keys == 0 ? 0 : (rows + 1) * plan.strip_keys);
+  memory.positions = bump.take<std::int32_t>(plan.listed ? kMaxKeyTile + kPositionsAhead : 0);
+  memory.gathered = bump.take<std::byte>(plan.listed ? kGatherRows * (gathered_row(r.dim_qk) + gathered_row(r.dim_v)) : 0);
   return memory;
 }
 
@@ -171,6 +193,25 @@ inline std::size_t Plan::workspace_bytes(int lanes) const {
 
 inline Status Plan::build(const PlanRequest& wanted) {
   request = wanted;
+  listed = false;
+  return build_tasks(PTRDIFF_MAX, [this](const Sequence& sequence, index_t, index_t begin, index_t end) {
+    const index_t k_begin = first_key(sequence, sequence.pos + begin / group());
+    return Keys{k_begin, std::max(end_key(sequence, sequence.pos + (end - 1) / group()), k_begin)};
+  });
+}
+
+template <class Lists>
+Status Plan::build(const PlanRequest& wanted, const Lists& lists) {
+  request = wanted;
+  listed = true;
+  return build_tasks(lists.q_block() * group(), [&](const Sequence& sequence, index_t kv_head, index_t begin, index_t) {
+    const auto s = static_cast<index_t>(&sequence - sequences.data());
+    return Keys{0, lists.slots(lists.list_of(s, kv_head, begin / group()))};
+  });
+}
+
+template <class KeysOf>
+Status Plan::build_tasks(index_t list_rows, const KeysOf& keys_of) {
   key_tile_size = key_tile(request.dim_qk, request.dim_v);
   max_rows = partial_rows = strip_keys = 0;
   has_packed = false;
@@ -185,40 +226,48 @@ inline Status Plan::build(const PlanRequest& wanted) {
   const index_t heads = std::max<index_t>(static_cast<index_t>(sequences.size()) * request.kv_heads, 1);
   const index_t blocks_wanted = request.lanes > 1 ? (4 * request.lanes + heads - 1) / heads : 1;
 
-  // One walk counts the tasks, so that nothing is allocated for a plan that is refused; a second one writes them down.
+  // visit(block, keys, first split) for every block of a sequence; rows are cut at the ends of lists first.
   const auto for_each_block = [&](const auto& visit) {
     for (std::size_t s = 0; s < sequences.size(); ++s) {
       const Sequence& sequence = sequences[s];
-      const index_t rows = sequence.len_q * group();
-      if (rows == 0) continue;
-      const Regime regime = request.regime == Regime::automatic ? automatic_regime(rows) : request.regime;
+      const index_t all_rows = sequence.len_q * group();
+      if (all_rows == 0) continue;
+      const index_t list = std::min(list_rows, all_rows), lists = (all_rows + list - 1) / list;
+      const Regime regime = request.regime == Regime::automatic ? automatic_regime(list) : request.regime;
       const bool splits_keys = regime != Regime::prefill && request.split_keys && !request.strip;
-      index_t cap = regime == Regime::decode ? kDecodeRows : row_cap;
-      if (request.strip) {
-        // What a block of up to 1024 rows reaches, in whole key tiles.
-        const index_t reached = request.reach.left + request.reach.right + 2 * key_tile_size + 1024 / group();
-        const index_t kept = kStripBytes / (4 * std::max(std::min(sequence.len_k, reached), key_tile_size));
-        cap = std::clamp(kept / kTileRows * kTileRows, std::min(kTileRows, cap), cap);
-      }
-      const index_t count = std::max((rows + cap - 1) / cap, std::min(blocks_wanted, (rows + kTileRows - 1) / kTileRows));
-      const index_t step = padded((rows + count - 1) / count, group_rows(regime));
-      for (index_t begin = 0; begin < rows; begin += step) {
-        const index_t row_count = std::min(step, rows - begin), end = begin + row_count;
-        const index_t k_begin = first_key(sequence, sequence.pos + begin / group());
-        const index_t k_end = std::max(end_key(sequence, sequence.pos + (end - 1) / group()), k_begin);
-        // Splits start at absolute multiples, so a key belongs to the same split whoever asks.
-        const index_t first_split = splits_keys ? k_begin / kSplitKeys : 0;
-        const index_t splits =
-            splits_keys ? std::max<index_t>((k_end + kSplitKeys - 1) / kSplitKeys - first_split, 1) : 1;
-        const Block block{static_cast<std::int32_t>(s), 0, begin, row_count, static_cast<std::int32_t>(splits), regime, 0};
-        if (!visit(block, k_begin, k_end, first_split)) return;
+      for (index_t list_begin = 0; list_begin < all_rows; list_begin += list) {
+        const index_t rows = std::min(list, all_rows - list_begin);
+        index_t cap = regime == Regime::decode ? kDecodeRows : row_cap;
+        if (request.strip) {
+          // What a block of up to 1024 rows reaches, in whole key tiles.
+          const index_t reached = request.reach.left + request.reach.right + 2 * key_tile_size + 1024 / group();
+          const index_t kept = kStripBytes / (4 * std::max(std::min(sequence.len_k, reached), key_tile_size));
+          cap = std::clamp(kept / kTileRows * kTileRows, std::min(kTileRows, cap), cap);
+        }
+        const index_t wanted = (blocks_wanted + lists - 1) / lists;
+        const index_t count = std::max((rows + cap - 1) / cap, std::min(wanted, (rows + kTileRows - 1) / kTileRows));
+        const index_t step = padded((rows + count - 1) / count, group_rows(regime));
+        for (index_t begin = list_begin; begin < list_begin + rows; begin += step) {
+          const index_t row_count = std::min(step, list_begin + rows - begin);
+          for (index_t kv_head = 0; kv_head < request.kv_heads; ++kv_head) {
+            const Keys keys = keys_of(sequence, kv_head, begin, begin + row_count);
+            // Splits start at absolute multiples, so a key belongs to the same split whoever asks.
+            const index_t first_split = splits_keys ? keys.begin / kSplitKeys : 0;
+            const index_t splits =
+                splits_keys ? std::max<index_t>((keys.end + kSplitKeys - 1) / kSplitKeys - first_split, 1) : 1;
+            const Block block{static_cast<std::int32_t>(s),      static_cast<std::int32_t>(kv_head), begin, row_count,
+                              static_cast<std::int32_t>(splits), regime,                             0};
+            if (!visit(block, keys, first_split)) return;
+          }
+        }
       }
     }
   };
 
+  // One walk counts the tasks, so that nothing is allocated for a plan that is refused; a second one writes them down.
   index_t task_count = 0;
-  for_each_block([&](const Block& block, index_t, index_t, index_t) {
-    task_count += block.splits * request.kv_heads;
+  for_each_block([&](const Block& block, Keys, index_t) {
+    task_count += block.splits;
     return task_count <= kMaxTasks;
   });
   if (task_count > kMaxTasks) {
@@ -226,20 +275,19 @@ inline Status Plan::build(const PlanRequest& wanted) {
     return Status::error(Code::unsupported, "fovea: more than %td tasks in one call; split the batch", kMaxTasks);
   }
   tasks.reserve(static_cast<std::size_t>(task_count));
-  for_each_block([&](Block block, index_t k_begin, index_t k_end, index_t first_split) {
-    for (index_t kv_head = 0; kv_head < request.kv_heads; ++kv_head) {
-      const auto index = static_cast<std::int32_t>(blocks.size());
-      block.kv_head = static_cast<std::int32_t>(kv_head);
-      block.first_partial = partial_rows;
-      blocks.push_back(block);
-      for (index_t split = 0; split < block.splits; ++split) {
-        const index_t from = block.splits == 1 ? k_begin : std::max(k_begin, (first_split + split) * kSplitKeys);
-        const index_t to = block.splits == 1 ? k_end : std::min(k_end, (first_split + split + 1) * kSplitKeys);
-        tasks.push_back({index, static_cast<std::int32_t>(split), from, to});
-      }
-      if (block.splits > 1) partial_rows += block.splits * block.row_count;
+  for_each_block([&](Block block, Keys keys, index_t first_split) {
+    const auto index = static_cast<std::int32_t>(blocks.size());
+    block.first_partial = partial_rows;
+    blocks.push_back(block);
+    for (index_t split = 0; split < block.splits; ++split) {
+      const index_t from = block.splits == 1 ? keys.begin : std::max(keys.begin, (first_split + split) * kSplitKeys);
+      const index_t to = block.splits == 1 ? keys.end : std::min(keys.end, (first_split + split + 1) * kSplitKeys);
+      tasks.push_back({index, static_cast<std::int32_t>(split), from, to});
     }
-    if (request.strip) strip_keys = std::max(strip_keys, padded(k_end, key_tile_size) - k_begin / key_tile_size * key_tile_size);
+    if (block.splits > 1) partial_rows += block.splits * block.row_count;
+    if (request.strip)
+      strip_keys =
+          std::max(strip_keys, padded(keys.end, key_tile_size) - keys.begin / key_tile_size * key_tile_size);
     has_packed = has_packed || block.regime != Regime::decode;
     max_rows = std::max(max_rows, padded(block.row_count, group_rows(block.regime)));
     return true;

@@ -59,6 +59,18 @@ concept KvSource = requires(const S& source, const Row& row, index_t begin, inde
   { source.run(row, begin, end) } -> std::same_as<Run>;
 };
 
+// A source whose keys are slots of lists: position n of a tile says where slot n is. `positions` fills `to` for the slots from
+// begin to end, and kPositionsAhead slots more with what follows. `run` starts at positions[0] and gets `count` slots at most;
+// it may copy scattered rows to `gathered` (LaneMemory), and only those that are wanted. Scores and masks are asked about
+// positions, so a listed source leaves no trace in them.
+enum class Want : std::uint8_t { keys, values, both };
+template <class S>
+concept ListedSource = requires(const S& source, const Row& row, index_t begin, index_t end, std::int32_t* to,
+                                const std::int32_t* positions, index_t count, Want want, std::byte* gathered) {
+  source.positions(row, begin, end, to);
+  { source.run(row, positions, count, want, gathered) } -> std::same_as<Run>;
+};
+
 // The keys outside [begin, end) are masked for every row asked about.
 struct KeyRange {
   index_t begin, end;
@@ -122,15 +134,22 @@ concept Epilogue = requires(const E& epilogue, const Row& row, std::span<float> 
   epilogue.store(row, acc, end);
 };
 
+// Whether the lanes of a score or a mask take any positions. Others are given vectors of neighbours only, and where a list
+// scatters its keys, one vector per key. A Lane says so by a member of this name.
+template <class Lane>
+inline constexpr bool kTakesAnyPositions = requires { requires Lane::kAnyPositions; };
+
 // The do-nothing parts. The engine may ask whether a policy is one of these three, and nothing else.
 struct Identity {
   struct Lane {
+    static constexpr bool kAnyPositions = true;
     FOVEA_INLINE f32 operator()(f32 s, i32) const { return s; }
   };
   FOVEA_INLINE Lane at(const Row&) const { return {}; }
 };
 struct Everything {
   struct Lane {
+    static constexpr bool kAnyPositions = true;
     FOVEA_INLINE keep_t operator()(i32) const { return f32(0.f) == f32(0.f); }
   };
   FOVEA_INLINE bool off() const { return true; }
@@ -206,8 +225,11 @@ TileSpec(Source, Score, MaskPolicy, Norm, Watch, Close)
 
 template <class Spec>
 constexpr bool check_policies() {
-  static_assert(KvSource<decltype(Spec::source)>,
-                "fovea: a source needs run(Row, begin, end) -> Run; see docs/policies.md#source");
+  static_assert(KvSource<decltype(Spec::source)> || ListedSource<decltype(Spec::source)>,
+                "fovea: a source needs run(Row, begin, end) -> Run, or positions and run of a listed one; see "
+                "docs/policies.md#source");
+  static_assert(!ListedSource<decltype(Spec::source)> || std::is_same_v<decltype(Spec::tap), NoTap>,
+                "fovea: a tap is told about runs of neighbouring keys, which lists do not have; see docs/policies.md#tap");
   static_assert(ScoreMod<decltype(Spec::score)>,
                 "fovea: a score needs at(Row) -> callable (f32 s, i32 pos) -> f32; see docs/policies.md#score");
   static_assert(
@@ -220,7 +242,7 @@ constexpr bool check_policies() {
   static_assert(Tap<decltype(Spec::tap)>, "fovea: a tap needs absorb and finish; see docs/policies.md#tap");
   static_assert(Epilogue<decltype(Spec::epilogue)>,
                 "fovea: an epilogue needs store(Row, acc, Final); see docs/policies.md#epilogue");
-  return KvSource<decltype(Spec::source)> && ScoreMod<decltype(Spec::score)> && Mask<decltype(Spec::mask)> &&
+  return (KvSource<decltype(Spec::source)> || ListedSource<decltype(Spec::source)>) && ScoreMod<decltype(Spec::score)> && Mask<decltype(Spec::mask)> &&
          kNormalizes && Tap<decltype(Spec::tap)> && Epilogue<decltype(Spec::epilogue)>;
 }
 

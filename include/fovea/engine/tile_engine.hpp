@@ -31,6 +31,7 @@ struct Queries {
   Operand q;   // [batch, q_head, pos, dim]
   float scale;
   const float* channel_scale;   // [kv_head, dim], of keys stored as bare codes; null without: s = (q * channel_scale) . codes
+  index_t heads_per_scale = 1;  // q heads of a kv head
 };
 
 // The rows of a block, in order, without a division per row.
@@ -63,7 +64,7 @@ FOVEA_INLINE QueryRow query_of(const Plan& plan, const Queries& queries, const R
     return {reinterpret_cast<const float*>(q.data) + at, q.stride[3]};
   read_numbers(q.format, q.data + at * row_bytes(q.format, 1), q.stride[3], dim, staging);
   if (queries.channel_scale != nullptr) {
-    const float* const scale = queries.channel_scale + row.kv_head * dim;
+    const float* const scale = queries.channel_scale + row.q_head / queries.heads_per_scale * dim;
     for (index_t d = 0; d < dim; ++d) staging[d] *= scale[d];
   }
   return {staging, 1};
@@ -75,22 +76,39 @@ inline void copy_query(const QueryRow& from, index_t dim, float scale, float* to
   for (index_t d = dim; d < padded(dim, kLanes); ++d) to[d] = 0.f;
 }
 
-// Scores of one row group against the keys [begin, end) of a key tile, straight from storage. Column 0 is key tile_begin.
-template <class Source>
-FOVEA_INLINE void stream_group_scores(const Source& source, const Tile& tile, index_t tile_begin, const float* queries,
+// Scores of one row group against the keys of a tile, straight from storage, run_from(key) by run. Column 0 is key tile_begin.
+template <class RunFrom>
+FOVEA_INLINE void stream_group_scores(const RunFrom& run_from, const Tile& tile, index_t tile_begin, const float* queries,
                                       index_t query_stride, index_t dim, float* scores) {
   for (index_t key = tile.k_begin; key < tile.k_end;) {
-    const Run run = source.run(tile.rows.front(), key, tile.k_end);
+    const Run run = run_from(key);
     run.kernels->k.scores(static_cast<index_t>(tile.rows.size()), queries, query_stride, run.k, dim,
                           scores + (key - tile_begin));
     key += run.k.count;
   }
 }
 
+// f(positions) where lanes stand next to each other, as most policies expect; else lane by lane, each at the start of a vector of
+// neighbours.
+template <class F>
+FOVEA_INLINE f32 at_positions(const std::int32_t* positions, const F& f) {
+  const i32 pos = i32::load_unaligned(positions);
+  const i32 neighbours = lane_numbers() + i32(positions[0]);
+  if (xsimd::all(pos == neighbours)) return f(neighbours, 0);
+  alignas(f32) float each[kLanes];
+  for (index_t n = 0; n < kLanes; ++n) {
+    alignas(f32) float lanes[kLanes];
+    store(lanes, f(lane_numbers() + i32(positions[n]), n));
+    each[n] = lanes[0];
+  }
+  return load(each);
+}
+
 // Score modification and mask, lane by lane, over whole vectors; Everything: the tile is full. -inf fills up the run before begin
-// and the vector behind end.
+// and the vector behind end. `positions` are those of the tile's slots from tile_begin on, null where slots are positions.
 template <class Score, class MaskPolicy>
-void modify_lanes(const Score& score, const MaskPolicy& mask, const Tile& tile, index_t tile_begin, float* scores) {
+void modify_lanes(const Score& score, const MaskPolicy& mask, const Tile& tile, index_t tile_begin,
+                  const std::int32_t* positions, float* scores) {
   constexpr bool kModified = !std::is_same_v<Score, Identity>, kMasked = !std::is_same_v<MaskPolicy, Everything>;
   const f32 masked(-std::numeric_limits<float>::infinity());
   const index_t begin = tile.k_begin - tile_begin, end = tile.k_end - tile_begin;
@@ -101,11 +119,24 @@ void modify_lanes(const Score& score, const MaskPolicy& mask, const Tile& tile, 
     if constexpr (kModified || kMasked) {
       const auto lane_score = score.at(tile.rows[r]);
       const auto lane_keep = mask.at(tile.rows[r]);
-      for (index_t j = first; j < last; j += kLanes) {
-        const i32 pos = numbers + i32(static_cast<std::int32_t>(j));
-        f32 value = lane_score(load(s + j), pos);
+      const auto modify = [&](f32 value, i32 pos) {
+        value = lane_score(value, pos);
         if constexpr (kMasked) value = select(lane_keep(pos), value, masked);
-        store(s + j, value);
+        return value;
+      };
+      if (positions == nullptr) {
+        for (index_t j = first; j < last; j += kLanes)
+          store(s + j, modify(load(s + j), numbers + i32(static_cast<std::int32_t>(j))));
+      } else {
+        for (index_t j = first; j < last; j += kLanes) {
+          if constexpr (kTakesAnyPositions<decltype(lane_score)> && kTakesAnyPositions<decltype(lane_keep)>) {
+            store(s + j, modify(load(s + j), i32::load_unaligned(positions + j)));
+          } else {
+            store(s + j, at_positions(positions + j, [&](i32 pos, index_t lane) {
+                    return modify(lane == 0 ? load(s + j) : f32(s[j + lane]), pos);
+                  }));
+          }
+        }
       }
     }
     std::fill(s + begin / kScoreRun * kScoreRun, s + begin, -std::numeric_limits<float>::infinity());
@@ -115,13 +146,14 @@ void modify_lanes(const Score& score, const MaskPolicy& mask, const Tile& tile, 
 
 template <class Score, class MaskPolicy>
 FOVEA_INLINE void modify_scores(const Score& score, const MaskPolicy& mask, Cover cover, const Tile& tile,
-                                index_t tile_begin, float* scores) {
+                                index_t tile_begin, const std::int32_t* positions, float* scores) {
   visit_simplest(score, [&](const auto& simple_score) {
     if (cover == Cover::full) {
-      modify_lanes(simple_score, Everything{}, tile, tile_begin, scores);
+      modify_lanes(simple_score, Everything{}, tile, tile_begin, positions, scores);
     } else {
-      visit_simplest(mask,
-                     [&](const auto& simple_mask) { modify_lanes(simple_score, simple_mask, tile, tile_begin, scores); });
+      visit_simplest(mask, [&](const auto& simple_mask) {
+        modify_lanes(simple_score, simple_mask, tile, tile_begin, positions, scores);
+      });
     }
   });
 }
@@ -131,6 +163,7 @@ class TileRun {
  public:
   using Element = typename PanelType::Element;
   using State = typename RowState<decltype(Spec::norm)>::type;
+  static constexpr bool kListed = ListedSource<decltype(Spec::source)>;
   static constexpr bool kOnline = Normalizer<decltype(Spec::norm)>;
   static_assert(check_policies<Spec>());
   static_assert(sizeof(State) <= kStateBytes && std::is_trivially_copyable_v<State>);
@@ -202,7 +235,7 @@ class TileRun {
     reach_ = {task.k_end, task.k_begin};
     for (index_t g = 0; g < groups(); ++g) {
       const std::span<const Row> rows = rows_of(g);
-      const KeyRange hull = spec_.mask.hull(rows);
+      const KeyRange hull = kListed ? KeyRange{task.k_begin, task.k_end} : spec_.mask.hull(rows);
       memory_.hulls[2 * g] = std::max(hull.begin, task.k_begin);
       memory_.hulls[2 * g + 1] = std::min(hull.end, task.k_end);
       if (memory_.hulls[2 * g] >= memory_.hulls[2 * g + 1]) continue;
@@ -245,12 +278,36 @@ class TileRun {
     const index_t size = plan_.key_tile_size;
     for (index_t begin = reach_.begin / size * size; begin < reach_.end; begin += size) {
       keys_packed_ = values_packed_ = !packed();
+      KeyRange hull{0, 0};
+      if constexpr (kListed) hull = find_positions(begin, std::min(begin + size, reach_.end));
       for (index_t g = 0; g < groups(); ++g) {
         const Tile tile{rows_of(g), std::max(begin, memory_.hulls[2 * g]), std::min(begin + size, memory_.hulls[2 * g + 1])};
         if (tile.k_begin >= tile.k_end) continue;
-        const Cover cover = spec_.mask.cover(tile);
+        const Cover cover = spec_.mask.cover(kListed ? Tile{tile.rows, hull.begin, hull.end} : tile);
         if (cover != Cover::skip) f(g, tile, begin, cover);
       }
+    }
+  }
+  // Positions of the slots of a key tile, and the hull that masks are asked about.
+  KeyRange find_positions(index_t begin, index_t end) const {
+    spec_.source.positions(memory_.rows[0], begin, end, memory_.positions);
+    std::int32_t low = memory_.positions[0], high = low;
+    for (index_t n = 1; n < end - begin; ++n) {
+      low = std::min(low, memory_.positions[n]);
+      high = std::max(high, memory_.positions[n]);
+    }
+    return {low, index_t{high} + 1};
+  }
+  const std::int32_t* positions() const { return kListed ? memory_.positions : nullptr; }
+  index_t position_of(index_t slot, index_t tile_begin) const {
+    return kListed ? memory_.positions[slot - tile_begin] : slot;
+  }
+  FOVEA_INLINE Run run_from(const Tile& tile, index_t tile_begin, index_t key, Want want) const {
+    if constexpr (kListed) {
+      return spec_.source.run(tile.rows.front(), memory_.positions + (key - tile_begin), tile.k_end - key, want,
+                              memory_.gathered);
+    } else {
+      return spec_.source.run(tile.rows.front(), key, tile.k_end);
     }
   }
   // All keys of the block in the key tile.
@@ -267,7 +324,8 @@ class TileRun {
     }
     if (with_values) values_finite_ = true;
     for (index_t key = tile.k_begin; key < tile.k_end;) {
-      const Run run = spec_.source.run(tile.rows.front(), key, tile.k_end);
+      const Run run =
+          run_from(tile, tile_begin, key, !with_values ? Want::keys : with_keys ? Want::both : Want::values);
       const index_t column = key - tile_begin;
       if (with_keys) run.kernels->k.pack(run.k, dim_qk(), column, keys());
       if (with_values) {
@@ -287,14 +345,15 @@ class TileRun {
       PanelType::scores(static_cast<index_t>(tile.rows.size()), begin, end, packed_queries(g), keys(), dim_qk(),
                         queries_.scale, memory_.scores);
     } else {
-      stream_group_scores(spec_.source, tile, tile_begin, stored_queries(g), query_stride(plan_), dim_qk(), memory_.scores);
+      stream_group_scores([&](index_t key) { return run_from(tile, tile_begin, key, Want::keys); }, tile, tile_begin,
+                          stored_queries(g), query_stride(plan_), dim_qk(), memory_.scores);
     }
-    modify_scores(spec_.score, spec_.mask, cover, tile, tile_begin, memory_.scores);
+    modify_scores(spec_.score, spec_.mask, cover, tile, tile_begin, positions(), memory_.scores);
   }
 
   // acc = rescale * acc + weights V, with the weights in memory_.scores.
   void weigh(index_t g, const Tile& tile, index_t tile_begin, Cover cover) {
-    if ((!kOnline || cover == Cover::partial) && !finite_values(tile)) {
+    if ((!kOnline || cover == Cover::partial) && !finite_values(tile, tile_begin)) {
       if constexpr (kOnline) {
         note_live(tile, tile_begin);
       } else {
@@ -304,7 +363,7 @@ class TileRun {
     } else if (packed()) {
       weigh_packed(g, static_cast<index_t>(tile.rows.size()), tile.k_begin - tile_begin, tile.k_end - tile_begin);
     } else {
-      weigh_stored(g * group_rows_, static_cast<index_t>(tile.rows.size()), tile,
+      weigh_stored(g * group_rows_, static_cast<index_t>(tile.rows.size()), tile, tile_begin,
                    memory_.scores + (tile.k_begin - tile_begin), memory_.rescale);
     }
   }
@@ -376,10 +435,11 @@ class TileRun {
                      memory_.acc + g * group_rows_ * acc_stride(plan_), acc_stride(plan_));
   }
 
-  void weigh_stored(index_t first_row, index_t rows, const Tile& tile, const float* weights, const float* rescale) {
+  void weigh_stored(index_t first_row, index_t rows, const Tile& tile, index_t tile_begin, const float* weights,
+                    const float* rescale) {
     const float keep[kGroupRows] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
     for (index_t key = tile.k_begin; key < tile.k_end;) {
-      const Run run = spec_.source.run(tile.rows.front(), key, tile.k_end);
+      const Run run = run_from(tile, tile_begin, key, Want::values);
       run.kernels->v.weigh(rows, weights, run.v, dim_v(), rescale, memory_.acc + first_row * acc_stride(plan_),
                            acc_stride(plan_));
       key += run.v.count;
@@ -390,11 +450,11 @@ class TileRun {
 
   // A weight of 0 times NaN or Inf is NaN, so where a partial tile holds such a V, masked keys are stepped over instead of
   // multiplied. The sums run in the same order, so finite rows keep their bits.
-  bool finite_values(const Tile& tile) const {
+  bool finite_values(const Tile& tile, index_t tile_begin) const {
     if (packed()) return values_finite_;
     bool finite = true;
     for (index_t key = tile.k_begin; key < tile.k_end && finite;) {
-      const Run run = spec_.source.run(tile.rows.front(), key, tile.k_end);
+      const Run run = run_from(tile, tile_begin, key, Want::values);
       finite = run.kernels->v.finite(run.v, dim_v());
       key += run.v.count;
     }
@@ -407,7 +467,8 @@ class TileRun {
       std::uint8_t* const live = memory_.live + static_cast<index_t>(r) * kMaxKeyTile;
       for (index_t j = tile.k_begin; j < tile.k_end; ++j) {
         alignas(f32) float lanes[kLanes];
-        store(lanes, select(keep(lane_numbers() + i32(static_cast<std::int32_t>(j))), f32(1.f), f32(0.f)));
+        const i32 pos = lane_numbers() + i32(static_cast<std::int32_t>(position_of(j, tile_begin)));
+        store(lanes, select(keep(pos), f32(1.f), f32(0.f)));
         live[j - tile_begin] = lanes[0] != 0.f;
       }
     }
@@ -443,8 +504,8 @@ class TileRun {
         }
         index_t end = j;
         while (end < tile.k_end && live[end - tile_begin]) ++end;
-        weigh_stored(g * group_rows_ + r, 1, Tile{tile.rows, j, end}, memory_.scores + r * kScoreStride + (j - tile_begin),
-                     rescale);
+        weigh_stored(g * group_rows_ + r, 1, Tile{tile.rows, j, end}, tile_begin,
+                     memory_.scores + r * kScoreStride + (j - tile_begin), rescale);
         rescale = &keep;
         j = end;
       }

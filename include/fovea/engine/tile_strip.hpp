@@ -46,8 +46,9 @@ void run_strip(const Plan& plan, const Queries& queries, const Source& source, c
     const Tile tile{rows, std::max(begin, hull.begin), std::min(begin + kMaxKeyTile, end)};
     const Cover cover = mask.cover(tile);
     if (cover == Cover::skip) continue;
-    stream_group_scores(source, tile, begin, memory.queries, query_stride, dim, memory.scores);
-    modify_scores(score, mask, cover, tile, begin, memory.scores);
+    const auto run_from = [&](index_t key) { return source.run(tile.rows.front(), key, tile.k_end); };
+    stream_group_scores(run_from, tile, begin, memory.queries, query_stride, dim, memory.scores);
+    modify_scores(score, mask, cover, tile, begin, nullptr, memory.scores);
     for (std::size_t r = 0; r < rows.size(); ++r) {
       const float* const from = memory.scores + static_cast<index_t>(r) * kScoreStride;
       std::copy(from + (tile.k_begin - begin), from + (tile.k_end - begin),

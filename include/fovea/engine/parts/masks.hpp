@@ -21,6 +21,7 @@ struct Band {
   Reach reach;
 
   struct Lane {
+    static constexpr bool kAnyPositions = true;
     i32 first, last;
     FOVEA_INLINE keep_t operator()(i32 pos) const { return as_keep((pos >= first) & (pos <= last)); }
   };
@@ -208,6 +209,7 @@ struct Both {
   struct Lane {
     decltype(std::declval<const First&>().at(std::declval<const Row&>())) first;
     decltype(std::declval<const Second&>().at(std::declval<const Row&>())) second;
+    static constexpr bool kAnyPositions = kTakesAnyPositions<decltype(first)> && kTakesAnyPositions<decltype(second)>;
     FOVEA_INLINE keep_t operator()(i32 pos) const { return first(pos) & second(pos); }
   };
   FOVEA_INLINE Lane at(const Row& row) const { return {first.at(row), second.at(row)}; }
@@ -250,6 +252,7 @@ struct Either {
   struct Lane {
     decltype(std::declval<const First&>().at(std::declval<const Row&>())) first;
     decltype(std::declval<const Second&>().at(std::declval<const Row&>())) second;
+    static constexpr bool kAnyPositions = kTakesAnyPositions<decltype(first)> && kTakesAnyPositions<decltype(second)>;
     FOVEA_INLINE keep_t operator()(i32 pos) const { return first(pos) | second(pos); }
   };
   FOVEA_INLINE Lane at(const Row& row) const { return {first.at(row), second.at(row)}; }

@@ -17,6 +17,7 @@ struct Softcap {
   FOVEA_INLINE bool off() const { return cap == 0.f; }
 
   struct Lane {
+    static constexpr bool kAnyPositions = true;
     float cap, inverse;
     FOVEA_INLINE f32 operator()(f32 s, i32) const { return cap == 0.f ? s : tanh(s * f32(inverse)) * f32(cap); }
   };
@@ -29,6 +30,7 @@ struct Alibi {
   FOVEA_INLINE bool off() const { return slopes == nullptr; }
 
   struct Lane {
+    static constexpr bool kAnyPositions = true;
     float minus_slope;
     std::int32_t pos;
     FOVEA_INLINE f32 operator()(f32 s, i32 key) const {
@@ -68,6 +70,7 @@ struct Then {
   struct Lane {
     decltype(std::declval<const First&>().at(std::declval<const Row&>())) first;
     decltype(std::declval<const Second&>().at(std::declval<const Row&>())) second;
+    static constexpr bool kAnyPositions = kTakesAnyPositions<decltype(first)> && kTakesAnyPositions<decltype(second)>;
     FOVEA_INLINE f32 operator()(f32 s, i32 pos) const { return second(first(s, pos), pos); }
   };
   FOVEA_INLINE Lane at(const Row& row) const { return {first.at(row), second.at(row)}; }

@@ -3,8 +3,10 @@
 // them, and one type means one instantiation of the engine.
 #pragma once
 #include <algorithm>
+#include <cstring>
 
 #include "../../core/kv.hpp"
+#include "../key_ranges.hpp"
 #include "../plan.hpp"
 #include "../policies.hpp"
 
@@ -90,6 +92,82 @@ struct StoredSource {
     return home.block_table
                ? home.block_table.data[sequence * home.block_table.stride[0] + page * home.block_table.stride[1]]
                : home.page_indices[static_cast<std::size_t>(home.page_begin[static_cast<std::size_t>(sequence)] + page)];
+  }
+};
+
+// A StoredSource seen through lists of keys. Neighbouring keys are read in place; scattered ones are copied together first, in
+// the format they are stored in: one copy for all rows that share the list, in a cache that the kernels then read.
+struct ListSource {
+  StoredSource stored;
+  const KeyRanges* lists;
+  index_t heads_per_kv;   // plan heads of a kv head: lists may belong to query heads
+
+  void positions(const Row& row, index_t begin, index_t end, std::int32_t* to) const {
+    lists->positions(lists->list_of(row.sequence, row.kv_head, row.q_index), begin, end + kPositionsAhead, to);
+  }
+
+  Run run(const Row& asked, const std::int32_t* positions, index_t count, Want want, std::byte* gathered) const {
+    Row row = asked;
+    row.kv_head = static_cast<int>(row.kv_head / heads_per_kv);
+    const index_t together = neighbours(positions, count);
+    if (together == count || together >= kInPlace) return in_place(row, positions, together, want);
+    return gather(row, positions, count, want, gathered);
+  }
+
+ private:
+  static constexpr index_t kInPlace = 8;   // shorter runs of neighbours are copied
+
+  static index_t neighbours(const std::int32_t* positions, index_t count) {
+    index_t n = 1;
+    while (n < count && positions[n] == positions[0] + n) ++n;
+    return n;
+  }
+  // Read row by row, the last rows of a run prefetch what stands after it in the list; four keys are read at once.
+  Run in_place(const Row& row, const std::int32_t* positions, index_t count, Want want) const {
+    Run run = stored.run(row, positions[0], positions[0] + count);
+    const Kv& kv = stored.kv;
+    if (want == Want::both || kv.home == Home::paged) return run;
+    const index_t near = std::max(near_rows(kv.k.format, kv.dim_qk), near_rows(kv.v.format, kv.dim_v));
+    const index_t inner = (run.k.count - near) / 4 * 4;
+    if (inner > 0) {
+      run.k.count = run.v.count = inner;
+      return run;
+    }
+    const auto lead = [&](Segment& segment, const Stored& rows, index_t dim, const auto& of) {
+      const index_t next = positions[near_rows(rows.format, dim)];
+      segment.ahead = of(stored.run(row, next, next + 1)) - segment.data;
+    };
+    lead(run.k, kv.k, kv.dim_qk, [](const Run& next) { return next.k.data; });
+    lead(run.v, kv.v, kv.dim_v, [](const Run& next) { return next.v.data; });
+    return run;
+  }
+  static index_t near_rows(Format format, index_t dim) { return std::min(rows_ahead(format, dim), kPositionsAhead); }
+
+  Run gather(const Row& row, const std::int32_t* positions, index_t count, Want want, std::byte* gathered) const {
+    const Run first = stored.run(row, positions[0], positions[0] + 1);
+    const Kv& kv = first.kernels == &stored.exact_kernels ? *stored.kv.exact : stored.kv;
+    const index_t k_row = row_bytes(kv.k.format, kv.dim_qk), v_row = row_bytes(kv.v.format, kv.dim_v);
+    // The head of K: one copy serves both.
+    const index_t inside = first.v.data - first.k.data;
+    const bool shared = want == Want::both && inside >= 0 && inside + v_row <= k_row;
+    const bool keys = want != Want::values, values = want != Want::keys && !shared;
+    std::byte* const k_to = gathered;
+    std::byte* const v_to = shared ? gathered + inside : gathered + kGatherRows * gathered_row(kv.dim_qk);
+    const index_t ahead = std::min(near_rows(kv.k.format, kv.dim_qk), kGatherRows);
+    index_t n = 0;
+    for (; n < std::min(count, kGatherRows); ++n) {
+      if (n > 0 && n % 4 == 0 && neighbours(positions + n, std::min(count - n, kInPlace)) == kInPlace) break;
+      const Run from = stored.run(row, positions[n], positions[n] + 1);
+      if (from.kernels != first.kernels) break;
+      const Run next = stored.run(row, positions[n + ahead], positions[n + ahead] + 1);
+      if (keys) copy_row(from.k.data, next.k.data, k_row, k_to + n * k_row);
+      if (values) copy_row(from.v.data, next.v.data, v_row, v_to + n * v_row);
+    }
+    return {{k_to, k_row, n, 0}, {v_to, shared ? k_row : v_row, n, 0}, first.kernels};
+  }
+  FOVEA_INLINE static void copy_row(const std::byte* from, const std::byte* next, index_t bytes, std::byte* to) {
+    for (index_t at = 0; at < bytes; at += 64) prefetch(next, at);
+    std::memcpy(to, from, static_cast<std::size_t>(bytes));
   }
 };
 

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// KeyRanges: key lists (core/key_lists.hpp) as the engine reads them. Blocks, tokens and ranges all become runs of positions,
+// neighbours joined, cut to what some query of the list can see; slot n of a list is the n-th key of its runs. Eight bytes a
+// run, whatever its length.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../core/key_lists.hpp"
+#include "../core/status.hpp"
+#include "../simd/simd.hpp"
+#include "plan.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+
+class KeyRanges {
+ public:
+  struct Range {
+    std::int32_t pos, slot;   // of its first key
+  };
+
+  // The lists of all `kinds` together, for the sequences of a plan. `heads` is the most that any of them has: 1, kv_heads or
+  // q_heads of the call. Their extents have been checked.
+  Status build(std::span<const KeyLists> kinds, const std::vector<Sequence>& sequences, index_t heads, Reach reach) {
+    heads_ = heads;
+    q_block_ = kinds.front().q_block;
+    q_blocks_ = 0;
+    for (const Sequence& sequence : sequences)
+      q_blocks_ = std::max(q_blocks_, (sequence.len_q + q_block_ - 1) / q_block_);
+    ranges_.clear();
+    first_.assign(1, 0);
+    slots_.clear();
+    for (std::size_t b = 0; b < sequences.size(); ++b) {
+      for (index_t head = 0; head < heads; ++head) {
+        for (index_t block = 0; block < q_blocks_; ++block) {
+          if (Status s = add_list(kinds, sequences[b], static_cast<index_t>(b), head, block, reach); !s.ok()) return s;
+        }
+      }
+    }
+    return {};
+  }
+
+  index_t heads() const { return heads_; }
+  index_t q_block() const { return q_block_; }
+  index_t list_of(index_t sequence, index_t head, index_t q_index) const {
+    return (sequence * heads_ + (heads_ == 1 ? 0 : head)) * q_blocks_ + q_index / q_block_;
+  }
+  index_t slots(index_t list) const { return slots_[static_cast<std::size_t>(list)]; }
+  index_t total_slots() const {
+    index_t total = 0;
+    for (const std::int32_t slots : slots_) total += slots;
+    return total;
+  }
+
+  // to[n] = the position of slot begin + n, n < end - begin; behind the list's last key that key again.
+  void positions(index_t list, index_t begin, index_t end, std::int32_t* to) const {
+    const auto at = static_cast<std::size_t>(list);
+    const Range* const all = ranges_.data() + first_[at];
+    const Range* const last = ranges_.data() + first_[at + 1];
+    if (all == last) return;
+    const Range* range = std::upper_bound(all, last, begin, [](index_t slot, const Range& r) { return slot < r.slot; }) - 1;
+    index_t slot = begin;
+    for (; slot < end && range != last; ++range) {
+      const index_t stop = std::min(end, range + 1 == last ? index_t{slots_[at]} : index_t{range[1].slot});
+      const auto shift = static_cast<std::int32_t>(range->pos - range->slot);
+      std::int32_t* const run = to + (slot - begin);
+      for (index_t n = 0; n < stop - slot; ++n) run[n] = static_cast<std::int32_t>(slot + n) + shift;
+      slot = std::max(slot, stop);
+    }
+    const std::int32_t repeated = last[-1].pos + slots_[at] - last[-1].slot - 1;
+    for (; slot < end; ++slot) to[slot - begin] = repeated;
+  }
+
+ private:
+  struct Sight {
+    index_t first, end;   // keys some query of the list may see
+  };
+
+  Status add_list(std::span<const KeyLists> kinds, const Sequence& sequence, index_t b, index_t head, index_t block,
+                  Reach reach) {
+    const index_t first_query = block * q_block_, last_query = std::min(first_query + q_block_, sequence.len_q) - 1;
+    index_t slots = 0;
+    if (last_query >= first_query) {
+      const Sight sight{std::clamp<index_t>(sequence.pos + first_query - reach.left, 0, sequence.len_k),
+                        std::clamp<index_t>(sequence.pos + last_query + reach.right + 1, 0, sequence.len_k)};
+      for (const KeyLists& kind : kinds) {
+        if (Status s = add_entries(kind, sequence, b, head, block, sight, slots); !s.ok()) return s;
+      }
+    }
+    first_.push_back(ranges_.size());
+    slots_.push_back(static_cast<std::int32_t>(slots));
+    return {};
+  }
+
+  Status add_entries(const KeyLists& kind, const Sequence& sequence, index_t b, index_t head, index_t block, Sight sight,
+                     index_t& slots) {
+    const index_t list = ((kind.batch == 1 ? 0 : b) * kind.heads + head * kind.heads / heads_) * kind.q_blocks + block;
+    const auto at = static_cast<std::size_t>(list);
+    const std::int32_t* entries = kind.entries;
+    index_t count = kind.capacity;
+    if (!kind.begin.empty()) {
+      entries += kind.begin[at];
+      count = kind.begin[at + 1] - kind.begin[at];
+    } else {
+      entries += list * kind.capacity;
+      if (!kind.count.empty()) count = kind.count[at];
+    }
+    const index_t step = kind.ranges ? 2 : 1;
+    for (index_t n = 0; n + step <= count; n += step) {
+      if (entries[n] < 0) continue;
+      const index_t begin = kind.ranges ? entries[n] : entries[n] * kind.k_block;
+      const index_t wanted_end = kind.ranges ? entries[n + 1] : begin + kind.k_block;
+      const index_t end = kind.ranges ? wanted_end : std::min(wanted_end, sequence.len_k);
+      if (begin >= sequence.len_k || end > sequence.len_k || end < begin)
+        return Status::error(Code::invalid_argument,
+                             "fovea: list %td (sequence %td, head %td, q block %td), number %td: keys %td .. %td, the "
+                             "sequence has %td",
+                             list, b, head, block, n, begin, wanted_end - 1, sequence.len_k);
+      const index_t from = std::max(begin, sight.first), to = std::min(end, sight.end);
+      if (from >= to) continue;
+      const bool joins = ranges_.size() > first_.back() && ranges_.back().pos + (slots - ranges_.back().slot) == from;
+      if (!joins) ranges_.push_back({static_cast<std::int32_t>(from), static_cast<std::int32_t>(slots)});
+      slots += to - from;
+      if (slots > INT32_MAX)
+        return Status::error(Code::unsupported, "fovea: list %td names more than %d keys", list, INT32_MAX);
+    }
+    return {};
+  }
+
+  std::vector<Range> ranges_;
+  std::vector<std::size_t> first_;    // [list + 1]
+  std::vector<std::int32_t> slots_;   // [list]
+  index_t heads_ = 1, q_block_ = 1, q_blocks_ = 0;
+};
+
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea
