@@ -262,6 +262,41 @@ TEST_CASE("plans serve many calls and refuse others", "[sparse]") {
   CHECK(sparse_attention<OnlyF32>(plan, s.q_view(), kv, s.out_view(), options).code() == Code::invalid_argument);
 }
 
+TEST_CASE("key tile by key tile for many lists, and list by list: the same keys", "[sparse]") {
+  test::Random random(80);
+  Setup s(random, 1, 4, 2, 150, 333, 24, 40);
+  const test::ListShape shape{.heads = 4, .len_q = 150, .q_block = 16, .k_block = 32, .sorted = false, .density = 0.4};
+  const test::OwnedLists owned = test::random_lists(random, shape, {333});
+  const KeyLists lists = owned.view();
+  AttentionOptions options{.causal = Causal::bottom_right, .regime = Regime::prefill};
+  SparsePlan plan;
+  REQUIRE(make_sparse_plan(plan, {1, 4, 2, 150, 333, 24, 40}, {&lists, 1}, options).ok());
+  CHECK(plan.together);
+  options.lse = s.lse_view();
+  for (const int lanes : {1, 3}) {
+    test::ThreadPerLane threads;
+    options.executor = Executor(threads, lanes);
+    std::fill(s.out.begin(), s.out.end(), kNan);
+    REQUIRE(sparse_attention(s.q_view(), s.k_view(), s.v_view(), lists, s.out_view(), options).ok());
+    CHECK(worst(s, options, {&lists, 1}) <= 1.);
+  }
+  // A row's bits do not hang on its neighbours' lists.
+  const std::vector<float> all = s.out;
+  test::OwnedLists fewer = owned;
+  for (std::size_t list = 0; list < fewer.count.size(); ++list) {
+    if (list % 10 != 3) fewer.count[list] = std::min(fewer.count[list], 1);
+  }
+  REQUIRE(sparse_attention(s.q_view(), s.k_view(), s.v_view(), fewer.view(), s.out_view(), options).ok());
+  for (index_t h = 0; h < 4; ++h) {
+    for (index_t i = 48; i < 64; ++i) {
+      for (index_t d = 0; d < 40; ++d) CHECK(s.out[at((h * 150 + i) * 40 + d)] == all[at((h * 150 + i) * 40 + d)]);
+    }
+  }
+  options.regime = Regime::wide_decode;
+  REQUIRE(make_sparse_plan(plan, {1, 4, 2, 150, 333, 24, 40}, {&lists, 1}, options).ok());
+  CHECK(!plan.together);
+}
+
 TEST_CASE("a variant's score and mask see the positions of listed keys", "[sparse]") {
   test::Random random(78);
   Setup s(random, 1, 2, 1, 30, 90, 16, 16);

@@ -12,14 +12,18 @@ class SparsePlan {
  public:
   std::size_t workspace_bytes(int lanes) const { return plan.workspace_bytes(lanes); }
   std::string describe() const {
-    char text[128];
-    std::snprintf(text, sizeof text, "lists       %td keys listed, shared by %td queries each, %td heads with lists\n",
-                  lists.total_slots(), lists.q_block(), lists.heads());
+    char text[256];
+    std::snprintf(text, sizeof text,
+                  "lists       %td keys listed, shared by %td queries each, %td heads with lists\n"
+                  "order       %s\n",
+                  lists.total_slots(), lists.q_block(), lists.heads(),
+                  together ? "key tile by key tile, many lists at once" : "list by list");
     return plan.describe() + text;
   }
 
   Plan plan;
   KeyRanges lists;
+  bool together = false;   // blocks hold many lists; keys are positions
 };
 
 namespace door {
@@ -29,6 +33,9 @@ struct SparseLocal : LocalBytes {
   AttentionRun run;
 };
 
+inline SharedHeads shared_heads(const AttentionRun& run) {
+  return {run.source, run.plan->request.kv_heads / run.source.kv.kv_heads};
+}
 inline ListSource list_source(const AttentionRun& run) {
   return {run.source, run.lists, run.plan->request.kv_heads / run.source.kv.kv_heads};
 }
@@ -37,11 +44,18 @@ inline ListSource list_source(const AttentionRun& run) {
 struct ListSoftmaxLanes {
   template <class PanelType>
   static void lane(AttentionRun& run, int lane) {
-    const ListSource source = list_source(run);
-    if (run.modified()) {
-      tile_lane<PanelType>(run, lane, TileSpec{source, run.score, run.mask, run.norm, NoTap{}, run.epilogue});
+    const auto over = [&](const auto& source, const auto& masked) {
+      if (run.modified()) {
+        tile_lane<PanelType>(run, lane, TileSpec{source, run.score, masked(run.mask), run.norm, NoTap{}, run.epilogue});
+      } else {
+        tile_lane<PanelType>(run, lane,
+                             TileSpec{source, Identity{}, masked(run.mask.first), run.norm, NoTap{}, run.epilogue});
+      }
+    };
+    if (run.plan->listed) {
+      over(list_source(run), [](const auto& mask) { return mask; });
     } else {
-      tile_lane<PanelType>(run, lane, TileSpec{source, Identity{}, run.mask.first, run.norm, NoTap{}, run.epilogue});
+      over(shared_heads(run), [&](const auto& mask) { return InLists<std::decay_t<decltype(mask)>>{mask, run.lists}; });
     }
   }
 };
@@ -49,7 +63,13 @@ template <class V>
 struct ListVariantLanes {
   template <class PanelType>
   static void lane(AttentionRun& run, int lane) {
-    tile_lane<PanelType>(run, lane, VariantTraits<V>::spec_of(run, list_source(run)));
+    if (run.plan->listed) {
+      tile_lane<PanelType>(run, lane, VariantTraits<V>::spec_of(run, list_source(run)));
+    } else if constexpr (VariantTraits<V>::needs().split_keys) {
+      const auto spec = VariantTraits<V>::spec_of(run, shared_heads(run));
+      const InLists<decltype(spec.mask)> mask{spec.mask, run.lists};
+      tile_lane<PanelType>(run, lane, TileSpec{spec.source, spec.score, mask, spec.norm, spec.tap, spec.epilogue});
+    }
   }
 };
 
@@ -122,6 +142,23 @@ inline AttentionShape listed_shape(AttentionShape shape, index_t heads) {
   return shape;
 }
 
+// Whether prefill walks the keys of many lists at once: K and V are then packed once for all of them, which pays where a list has
+// few rows and its keys stand together. Decided without a look at the lists, so that a row's bits do not hang on its neighbours'
+// lists (a list of the call that names a key twice is the exception).
+inline bool runs_together(std::span<const KeyLists> kinds, const PlanRequest& request, index_t list_rows,
+                          const std::vector<Sequence>& sequences) {
+  constexpr index_t kMostRows = 255, kLeastBlock = 32;
+  if (request.strip || !request.split_keys || list_rows > kMostRows) return false;
+  if (list_rows < kTileRows / 2) return false;   // kernels would run mostly empty
+  for (const KeyLists& kind : kinds) {
+    if (!kind.ranges && kind.k_block < kLeastBlock) return false;
+  }
+  if (request.regime != Regime::automatic) return request.regime == Regime::prefill;
+  index_t rows = 0;
+  for (const Sequence& sequence : sequences) rows = std::max(rows, sequence.len_q * (request.q_heads / request.kv_heads));
+  return automatic_regime(rows) == Regime::prefill;
+}
+
 inline Status plan_sparse(SparsePlan& sparse, const AttentionShape& shape, std::span<const KeyLists> kinds,
                           const AttentionOptions& options, const Needs& needs) {
   if (Status s = check_problem(shape, options, needs); !s.ok()) return s;
@@ -129,7 +166,10 @@ inline Status plan_sparse(SparsePlan& sparse, const AttentionShape& shape, std::
   list_sequences(sparse.plan, shape, options);
   const index_t heads = list_heads(kinds);
   if (Status s = sparse.lists.build(kinds, sparse.plan.sequences, heads, reach_of(options)); !s.ok()) return s;
-  return sparse.plan.build(request_of(listed_shape(shape, heads), options, needs), sparse.lists);
+  const PlanRequest request = request_of(listed_shape(shape, heads), options, needs);
+  const index_t list_rows = kinds.front().q_block * (request.q_heads / request.kv_heads);
+  sparse.together = runs_together(kinds, request, list_rows, sparse.plan.sequences) && sparse.lists.as_sets();
+  return sparse.together ? sparse.plan.build_together(request, list_rows) : sparse.plan.build(request, sparse.lists);
 }
 
 inline Status run_sparse(Call call, std::span<const KeyLists> kinds) {

@@ -11,6 +11,7 @@
 #include "../core/status.hpp"
 #include "../simd/simd.hpp"
 #include "plan.hpp"
+#include "policies.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -55,6 +56,52 @@ class KeyRanges {
     return total;
   }
 
+  // Sorts the runs of every list and joins neighbours. False where a list names a key twice: that is nobody's set.
+  bool as_sets() {
+    bool sets = true;
+    for (std::size_t list = 0; list + 1 < first_.size(); ++list) {
+      Range* const all = ranges_.data() + first_[list];
+      const std::size_t count = first_[list + 1] - first_[list];
+      bool sorted = true;
+      for (std::size_t n = 1; n < count; ++n) sorted = sorted && all[n - 1].pos < all[n].pos;
+      if (!sorted) {
+        lengths_.clear();
+        for (std::size_t n = 0; n < count; ++n) lengths_.push_back({all[n].pos, length(list, n)});
+        std::sort(lengths_.begin(), lengths_.end(), [](const Range& a, const Range& b) { return a.pos < b.pos; });
+        std::int32_t slot = 0;
+        for (std::size_t n = 0; n < count; ++n) {
+          all[n] = {lengths_[n].pos, slot};
+          slot += lengths_[n].slot;
+        }
+      }
+      for (std::size_t n = 1; n < count; ++n) sets = sets && all[n - 1].pos + length(list, n - 1) <= all[n].pos;
+    }
+    return sets;
+  }
+  // f(begin, end) for the runs of a list within the positions [begin, end). Only of lists that are sets.
+  template <class F>
+  void runs(index_t list, index_t begin, index_t end, const F& f) const {
+    const auto at = static_cast<std::size_t>(list);
+    const Range* const all = ranges_.data() + first_[at];
+    const std::size_t count = first_[at + 1] - first_[at];
+    std::size_t n = static_cast<std::size_t>(
+        std::upper_bound(all, all + count, begin, [](index_t pos, const Range& r) { return pos < r.pos; }) - all);
+    n = n == 0 ? 0 : n - 1;
+    while (n < count && all[n].pos < end) {
+      // Runs that touch were not neighbours in the list; here they are one.
+      const index_t from = all[n].pos;
+      index_t to = from + length(at, n);
+      while (++n < count && all[n].pos == to) to += length(at, n);
+      if (to > begin) f(std::max(from, begin), std::min(to, end));
+    }
+  }
+  KeyRange hull(index_t list) const {
+    const auto at = static_cast<std::size_t>(list);
+    if (first_[at] == first_[at + 1]) return {0, 0};
+    const std::size_t last = first_[at + 1] - first_[at] - 1;
+    return {ranges_[first_[at]].pos, index_t{ranges_[first_[at] + last].pos} + length(at, last)};
+  }
+
   // to[n] = the position of slot begin + n, n < end - begin; behind the list's last key that key again.
   void positions(index_t list, index_t begin, index_t end, std::int32_t* to) const {
     const auto at = static_cast<std::size_t>(list);
@@ -75,6 +122,11 @@ class KeyRanges {
   }
 
  private:
+  std::int32_t length(std::size_t list, std::size_t n) const {
+    const std::size_t at = first_[list] + n;
+    return (at + 1 == first_[list + 1] ? slots_[list] : ranges_[at + 1].slot) - ranges_[at].slot;
+  }
+
   struct Sight {
     index_t first, end;   // keys some query of the list may see
   };
@@ -133,6 +185,7 @@ class KeyRanges {
   std::vector<Range> ranges_;
   std::vector<std::size_t> first_;    // [list + 1]
   std::vector<std::int32_t> slots_;   // [list]
+  std::vector<Range> lengths_;        // of one list while it is sorted: pos, length
   index_t heads_ = 1, q_block_ = 1, q_blocks_ = 0;
 };
 

@@ -84,6 +84,9 @@ class Plan {
   // counted in slots of its list. request.kv_heads are the heads that have lists or keys of their own.
   template <class Lists>
   Status build(const PlanRequest& request, const Lists& lists);
+  // Prefill where neighbouring rows, `rows` of them, have a list each, and a mask with runs (RunMask) says what is in it: blocks hold
+  // whole lists, as many as pay for packing K and V, and keys are positions.
+  Status build_together(const PlanRequest& request, index_t rows);
 
   index_t group() const { return request.q_heads / request.kv_heads; }
   index_t group_rows(Regime regime) const { return regime == Regime::decode ? kDecodeRows : kTileRows; }
@@ -105,6 +108,7 @@ class Plan {
   index_t strip_keys = 0;     // keys of a row of scores that is kept whole, in whole key tiles; 0 without
   bool has_packed = false;
   bool listed = false;        // keys are slots of lists
+  index_t list_rows = PTRDIFF_MAX;   // rows that share a list, where a block holds several
   std::vector<Sequence> sequences;
   std::vector<Block> blocks;
   std::vector<Task> tasks;
@@ -113,9 +117,23 @@ class Plan {
   struct Keys {
     index_t begin, end;
   };
-  // list_rows: rows that may share a block. keys(sequence, kv_head, first row, end row).
+  // apart: rows that may share a block. keys(sequence, kv_head, first row, end row).
   template <class KeysOf>
-  Status build_tasks(index_t list_rows, const KeysOf& keys_of);
+  Status build_tasks(index_t apart, const KeysOf& keys_of);
+  Keys reached_keys(const Sequence& sequence, index_t begin, index_t end) const {
+    const index_t k_begin = first_key(sequence, sequence.pos + begin / group());
+    return {k_begin, std::max(end_key(sequence, sequence.pos + (end - 1) / group()), k_begin)};
+  }
+  // Rows of a block that holds whole lists: cap rows at most, in groups, and about a count-th of all.
+  index_t lists_together(index_t rows, index_t cap, index_t count) const {
+    const index_t most = std::max<index_t>(cap / padded(list_rows, kTileRows), 1);
+    return std::min(most, (rows + count * list_rows - 1) / (count * list_rows)) * list_rows;
+  }
+  // Rows of a block in groups, none of which holds rows of two lists.
+  index_t grouped_rows(index_t rows, Regime regime) const {
+    const index_t list = std::min(list_rows, rows), lists = rows / list, group = group_rows(regime);
+    return lists * padded(list, group) + padded(rows - lists * list, group);
+  }
 };
 
 // One lane's slice of the workspace. Filled by the same code that counts its bytes.
@@ -194,9 +212,19 @@ inline std::size_t Plan::workspace_bytes(int lanes) const {
 inline Status Plan::build(const PlanRequest& wanted) {
   request = wanted;
   listed = false;
+  list_rows = PTRDIFF_MAX;
   return build_tasks(PTRDIFF_MAX, [this](const Sequence& sequence, index_t, index_t begin, index_t end) {
-    const index_t k_begin = first_key(sequence, sequence.pos + begin / group());
-    return Keys{k_begin, std::max(end_key(sequence, sequence.pos + (end - 1) / group()), k_begin)};
+    return reached_keys(sequence, begin, end);
+  });
+}
+
+inline Status Plan::build_together(const PlanRequest& wanted, index_t rows) {
+  request = wanted;
+  request.regime = Regime::prefill;
+  listed = false;
+  list_rows = rows;
+  return build_tasks(PTRDIFF_MAX, [this](const Sequence& sequence, index_t, index_t begin, index_t end) {
+    return reached_keys(sequence, begin, end);
   });
 }
 
@@ -204,6 +232,7 @@ template <class Lists>
 Status Plan::build(const PlanRequest& wanted, const Lists& lists) {
   request = wanted;
   listed = true;
+  list_rows = PTRDIFF_MAX;
   return build_tasks(lists.q_block() * group(), [&](const Sequence& sequence, index_t kv_head, index_t begin, index_t) {
     const auto s = static_cast<index_t>(&sequence - sequences.data());
     return Keys{0, lists.slots(lists.list_of(s, kv_head, begin / group()))};
@@ -211,7 +240,7 @@ Status Plan::build(const PlanRequest& wanted, const Lists& lists) {
 }
 
 template <class KeysOf>
-Status Plan::build_tasks(index_t list_rows, const KeysOf& keys_of) {
+Status Plan::build_tasks(index_t apart, const KeysOf& keys_of) {
   key_tile_size = key_tile(request.dim_qk, request.dim_v);
   max_rows = partial_rows = strip_keys = 0;
   has_packed = false;
@@ -232,7 +261,7 @@ Status Plan::build_tasks(index_t list_rows, const KeysOf& keys_of) {
       const Sequence& sequence = sequences[s];
       const index_t all_rows = sequence.len_q * group();
       if (all_rows == 0) continue;
-      const index_t list = std::min(list_rows, all_rows), lists = (all_rows + list - 1) / list;
+      const index_t list = std::min(apart, all_rows), lists = (all_rows + list - 1) / list;
       const Regime regime = request.regime == Regime::automatic ? automatic_regime(list) : request.regime;
       const bool splits_keys = regime != Regime::prefill && request.split_keys && !request.strip;
       for (index_t list_begin = 0; list_begin < all_rows; list_begin += list) {
@@ -246,7 +275,8 @@ Status Plan::build_tasks(index_t list_rows, const KeysOf& keys_of) {
         }
         const index_t wanted = (blocks_wanted + lists - 1) / lists;
         const index_t count = std::max((rows + cap - 1) / cap, std::min(wanted, (rows + kTileRows - 1) / kTileRows));
-        const index_t step = padded((rows + count - 1) / count, group_rows(regime));
+        const index_t step = list_rows == PTRDIFF_MAX ? padded((rows + count - 1) / count, group_rows(regime))
+                                                      : lists_together(rows, cap, count);
         for (index_t begin = list_begin; begin < list_begin + rows; begin += step) {
           const index_t row_count = std::min(step, list_begin + rows - begin);
           for (index_t kv_head = 0; kv_head < request.kv_heads; ++kv_head) {
@@ -289,7 +319,7 @@ Status Plan::build_tasks(index_t list_rows, const KeysOf& keys_of) {
       strip_keys =
           std::max(strip_keys, padded(keys.end, key_tile_size) - keys.begin / key_tile_size * key_tile_size);
     has_packed = has_packed || block.regime != Regime::decode;
-    max_rows = std::max(max_rows, padded(block.row_count, group_rows(block.regime)));
+    max_rows = std::max(max_rows, grouped_rows(block.row_count, block.regime));
     return true;
   });
 

@@ -84,6 +84,14 @@ concept Mask = requires(const M& mask, std::span<const Row> rows, const Tile& ti
   { mask.at(row)(pos) } -> std::same_as<keep_t>;
 };
 
+// A mask may know which runs of a key tile a group of rows sees: visible(rows, begin, end, f) calls f(begin, end) for each of
+// them, in order. The engine then asks cover for these runs, and never touches the keys between them. All rows of a group are of
+// one list of the plan (Plan::list_rows).
+template <class M>
+concept RunMask = requires(const M& mask, std::span<const Row> rows, index_t begin, index_t end) {
+  mask.visible(rows, begin, end, [](index_t, index_t) {});
+};
+
 // lane: s -> s', in natural units, after the scale. at(row) holds what is constant along a row.
 template <class M>
 concept ScoreMod = requires(const M& mod, const Row& row, f32 s, i32 pos) {

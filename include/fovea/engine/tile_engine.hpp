@@ -180,7 +180,10 @@ class TileRun {
     [[maybe_unused]] constexpr bool kTapped = !std::is_same_v<decltype(Spec::tap), NoTap>;
     block_ = &plan_.blocks[static_cast<std::size_t>(task.block)];
     group_rows_ = plan_.group_rows(block_->regime);
+    list_rows_ = std::min(plan_.list_rows, block_->row_count);
+    list_groups_ = (list_rows_ + group_rows_ - 1) / group_rows_;
     FOVEA_ASSERT((kOnline && !kTapped) || block_->splits == 1);
+    FOVEA_ASSERT(list_rows_ == block_->row_count || (kOnline && packed() && block_->splits == 1));
     open_rows(task);
     if constexpr (kOnline) {
       visit_tiles([this](index_t g, const Tile& tile, index_t begin, Cover cover) { visit(g, tile, begin, cover); });
@@ -189,7 +192,8 @@ class TileRun {
       weigh_strip();
     }
     if (block_->splits == 1) {
-      close_rows(memory_.rows, memory_.acc, states_);
+      for (index_t g = 0; g < groups(); ++g)
+        close_rows(rows_of(g), memory_.acc + g * group_rows_ * acc_stride(plan_), states_ + g * group_rows_);
     } else if constexpr (kOnline) {
       leave_partials(task);
     }
@@ -204,17 +208,22 @@ class TileRun {
   State* const states_;
   const Block* block_ = nullptr;
   index_t group_rows_ = 0;
+  index_t list_rows_ = 0, list_groups_ = 0;   // a group never holds rows of two lists
   KeyRange reach_{};   // keys some row of the block may see in this task
   bool keys_packed_ = false, values_packed_ = false;   // of the key tile at hand
   bool values_finite_ = true;
 
   index_t dim_qk() const { return plan_.request.dim_qk; }
   index_t dim_v() const { return plan_.request.dim_v; }
-  index_t groups() const { return (block_->row_count + group_rows_ - 1) / group_rows_; }
+  index_t groups() const {
+    const index_t lists = block_->row_count / list_rows_, rest = block_->row_count - lists * list_rows_;
+    return lists * list_groups_ + (rest + group_rows_ - 1) / group_rows_;
+  }
   bool packed() const { return block_->regime != Regime::decode; }
   std::span<const Row> rows_of(index_t g) const {
-    const index_t first = g * group_rows_;
-    return {memory_.rows + first, static_cast<std::size_t>(std::min(group_rows_, block_->row_count - first))};
+    const index_t list = g / list_groups_, first = list * list_rows_ + (g - list * list_groups_) * group_rows_;
+    const index_t end = std::min((list + 1) * list_rows_, block_->row_count);
+    return {memory_.rows + first, static_cast<std::size_t>(std::min(group_rows_, end - first))};
   }
   float* stored_queries(index_t g) const { return memory_.queries + g * group_rows_ * query_stride(plan_); }
   Element* packed_queries(index_t g) const {
@@ -227,10 +236,14 @@ class TileRun {
   void open_rows(const Task& task) {
     list_rows(plan_, *block_, memory_.rows);
     if constexpr (kOnline) {
-      for (index_t r = 0; r < block_->row_count; ++r) states_[r] = spec_.norm.begin(memory_.rows[r], false);
+      for (index_t g = 0; g < groups(); ++g) {
+        const std::span<const Row> rows = rows_of(g);
+        for (std::size_t r = 0; r < rows.size(); ++r)
+          states_[g * group_rows_ + static_cast<index_t>(r)] = spec_.norm.begin(rows[r], false);
+      }
     }
     // Packed kernels round the last group's rows up; the others touch the rows they are given, and one row is the usual case.
-    const index_t cleared = packed() ? padded(block_->row_count, group_rows_) : block_->row_count;
+    const index_t cleared = packed() ? groups() * group_rows_ : block_->row_count;
     std::memset(memory_.acc, 0, static_cast<std::size_t>(cleared * acc_stride(plan_)) * sizeof(float));
     reach_ = {task.k_end, task.k_begin};
     for (index_t g = 0; g < groups(); ++g) {
@@ -283,8 +296,16 @@ class TileRun {
       for (index_t g = 0; g < groups(); ++g) {
         const Tile tile{rows_of(g), std::max(begin, memory_.hulls[2 * g]), std::min(begin + size, memory_.hulls[2 * g + 1])};
         if (tile.k_begin >= tile.k_end) continue;
-        const Cover cover = spec_.mask.cover(kListed ? Tile{tile.rows, hull.begin, hull.end} : tile);
-        if (cover != Cover::skip) f(g, tile, begin, cover);
+        if constexpr (RunMask<decltype(Spec::mask)>) {
+          spec_.mask.visible(tile.rows, tile.k_begin, tile.k_end, [&](index_t from, index_t to) {
+            const Tile run{tile.rows, from, to};
+            const Cover cover = spec_.mask.cover(run);
+            if (cover != Cover::skip) f(g, run, begin, cover);
+          });
+        } else {
+          const Cover cover = spec_.mask.cover(kListed ? Tile{tile.rows, hull.begin, hull.end} : tile);
+          if (cover != Cover::skip) f(g, tile, begin, cover);
+        }
       }
     }
   }
@@ -513,9 +534,9 @@ class TileRun {
   }
 
   // A sink enters here, once per row, in the same arithmetic for split and unsplit rows.
-  void close_rows(const Row* rows, float* acc, const State* states) {
+  void close_rows(std::span<const Row> rows, float* acc, const State* states) {
     const index_t dim = dim_v();
-    for (index_t r = 0; r < block_->row_count; ++r, acc += acc_stride(plan_)) {
+    for (std::size_t r = 0; r < rows.size(); ++r, acc += acc_stride(plan_)) {
       Final end;
       if constexpr (kOnline) {
         State whole = spec_.norm.begin(rows[r], true);
@@ -553,7 +574,7 @@ class TileRun {
         merge_row(spec_.norm, states_[r], memory_.acc + r * stride, others[r], shared_.acc + (at + r) * stride, dim_v());
       }
     }
-    close_rows(memory_.rows, memory_.acc, states_);
+    close_rows({memory_.rows, static_cast<std::size_t>(rows)}, memory_.acc, states_);
   }
 };
 

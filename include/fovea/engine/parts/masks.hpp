@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "../../core/view.hpp"
+#include "../key_ranges.hpp"
 #include "../plan.hpp"
 #include "../policies.hpp"
 
@@ -197,6 +198,30 @@ struct StoredMask {
   // May lie beyond the mask: a prefetch of nowhere does nothing.
   FOVEA_INLINE static void prefetch_run(const void* from, index_t ahead, index_t bytes) {
     for (index_t at = 0; at < bytes; at += 64) prefetch(static_cast<const std::byte*>(from), ahead + at);
+  }
+};
+
+// What `mask` leaves of the keys on the rows' lists, which are sets (KeyRanges::as_sets).
+template <class M>
+struct InLists {
+  M mask;
+  const KeyRanges* lists;
+
+  FOVEA_INLINE auto at(const Row& row) const { return mask.at(row); }
+  FOVEA_INLINE Cover cover(const Tile& tile) const { return mask.cover(tile); }
+  KeyRange hull(std::span<const Row> rows) const {
+    const KeyRange seen = mask.hull(rows), listed = lists->hull(list_of(rows));
+    return {std::max(seen.begin, listed.begin), std::min(seen.end, listed.end)};
+  }
+  template <class F>
+  void visible(std::span<const Row> rows, index_t begin, index_t end, const F& f) const {
+    lists->runs(list_of(rows), begin, end, f);
+  }
+  Status check(const AttentionShape& shape) const { return check_policy(mask, shape); }
+
+ private:
+  index_t list_of(std::span<const Row> rows) const {
+    return lists->list_of(rows.front().sequence, rows.front().kv_head, rows.front().q_index);
   }
 };
 

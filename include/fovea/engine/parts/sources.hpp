@@ -95,6 +95,17 @@ struct StoredSource {
   }
 };
 
+// A StoredSource for rows whose plan counts more heads than there are kv heads.
+struct SharedHeads {
+  StoredSource stored;
+  index_t heads_per_kv;
+  Run run(const Row& asked, index_t begin, index_t end) const {
+    Row row = asked;
+    row.kv_head = static_cast<int>(row.kv_head / heads_per_kv);
+    return stored.run(row, begin, end);
+  }
+};
+
 // A StoredSource seen through lists of keys. Neighbouring keys are read in place; scattered ones are copied together first, in
 // the format they are stored in: one copy for all rows that share the list, in a cache that the kernels then read.
 struct ListSource {
