@@ -17,7 +17,11 @@ std::vector<Group> all_groups(int max_threads) {
       &softpick_groups, &transformer_xl_groups,
       &linear_groups, &retention_groups, &lightning_groups, &simple_gla_groups, &gla_groups, &mamba2_groups, &rwkv6_groups,
       &rwkv7_groups, &mlstm_groups, &mamba1_groups, &rwkv4_groups, &s4d_groups, &lolcats_groups, &performer_groups,
-      &short_conv_groups, &log_linear_groups, &delta_groups, &gated_delta_groups, &kda_groups};
+      &short_conv_groups, &log_linear_groups, &delta_groups, &gated_delta_groups, &kda_groups,
+      &select_groups, &sparse_groups, &nsa_groups, &dsa_groups, &quest_groups, &adamas_groups, &moba_groups,
+      &sparse_transformer_groups, &longformer_groups, &bigbird_groups, &block_local_groups, &star_groups,
+      &vertical_slash_groups, &xattention_groups, &flex_prefill_groups, &mosa_groups, &reformer_groups, &routing_groups,
+      &eviction_groups};
   std::vector<Group> groups;
   for (const auto table : kTables) {
     std::vector<Group> more = table(max_threads);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fovea_bench <suite>: `core`, `decode`, `storage`, `variants` and `recurrent` measure their rows and print a table, `goals`
-// holds the rows of all suites against bench/goals.tsv.
+// fovea_bench <suite>: `core`, `decode`, `storage`, `variants`, `recurrent` and `sparse` measure their rows and print a table,
+// `goals` holds the rows of all suites against bench/goals.tsv.
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <regex>
@@ -16,9 +16,9 @@ int main(int argc, char** argv) {
   std::string suite;
   fovea_bench::SuiteOptions options;
   options.goals = FOVEA_BENCH_GOALS;
-  app.add_option("suite", suite, "core, decode, storage, variants, recurrent: their rows; goals: the dashboard")
+  app.add_option("suite", suite, "core, decode, storage, variants, recurrent, sparse: their rows; goals: the dashboard")
       ->required()
-      ->check(CLI::IsMember({"core", "decode", "storage", "variants", "recurrent", "goals"}));
+      ->check(CLI::IsMember({"core", "decode", "storage", "variants", "recurrent", "sparse", "goals"}));
   app.add_option("--filter", options.filter, "Regular expression: row names, or goal ids (goals)");
   app.add_option("--json", options.json, "Also write the results to this file");
   app.add_option("--goals", options.goals, "The table of goals")->check(CLI::ExistingFile);

@@ -78,11 +78,12 @@ void register_group(Machine& machine, const std::shared_ptr<MeasuredGroup>& meas
   }
 }
 
-}  // namespace
+}   // namespace
 
 unsigned suite_of(const std::string& name) {
-  constexpr std::pair<const char*, unsigned> kSuites[] = {
-      {"core", kCore}, {"decode", kDecode}, {"storage", kStorage}, {"variants", kVariants}, {"recurrent", kRecurrent}};
+  constexpr std::pair<const char*, unsigned> kSuites[] = {{"core", kCore},           {"decode", kDecode},
+                                                          {"storage", kStorage},     {"variants", kVariants},
+                                                          {"recurrent", kRecurrent}, {"sparse", kSparse}};
   for (const auto& [known, flag] : kSuites) {
     if (name == known) return flag;
   }
@@ -133,4 +134,4 @@ int run_rows(unsigned suite, const SuiteOptions& options) {
   return 0;
 }
 
-}  // namespace fovea_bench
+}   // namespace fovea_bench

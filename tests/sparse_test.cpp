@@ -35,8 +35,17 @@ struct Setup {
   std::vector<float> q, k, v, out, lse;
 
   Setup(test::Random& random, index_t b, index_t hq, index_t hkv, index_t lq, index_t lk, index_t dqk, index_t dv)
-      : batch(b), q_heads(hq), kv_heads(hkv), len_q(lq), len_k(lk), dim_qk(dqk), dim_v(dv), q(numbers(random, b * hq * lq * dqk)),
-        k(numbers(random, b * hkv * lk * dqk)), v(numbers(random, b * hkv * lk * dv)), out(at(b * hq * lq * dv), -7.f),
+      : batch(b),
+        q_heads(hq),
+        kv_heads(hkv),
+        len_q(lq),
+        len_k(lk),
+        dim_qk(dqk),
+        dim_v(dv),
+        q(numbers(random, b * hq * lq * dqk)),
+        k(numbers(random, b * hkv * lk * dqk)),
+        v(numbers(random, b * hkv * lk * dv)),
+        out(at(b * hq * lq * dv), -7.f),
         lse(at(b * hq * lq), -7.f) {}
 
   Tensor<const float> q_view() const { return bhsd(q.data(), batch, q_heads, len_q, dim_qk); }
@@ -52,7 +61,8 @@ double worst(const Setup& s, const AttentionOptions& options, std::span<const Ke
   if (!options.len_k.empty()) len_k.assign(options.len_k.begin(), options.len_k.end());
   const std::vector<float> bias = test::list_bias(kinds, s.batch, s.q_heads, s.len_q, len_k, s.len_k);
   AttentionOptions dense = options;
-  dense.bias = {bias.data(), {s.batch, s.q_heads, s.len_q, s.len_k}, {s.q_heads * s.len_q * s.len_k, s.len_q * s.len_k, s.len_k, 1}};
+  dense.bias = {
+      bias.data(), {s.batch, s.q_heads, s.len_q, s.len_k}, {s.q_heads * s.len_q * s.len_k, s.len_q * s.len_k, s.len_k, 1}};
   const test::Expected e = test::expect(s.q_view(), s.k_view(), s.v_view(), dense);
   double most = 0;
   for (std::size_t n = 0; n < e.out.size(); ++n)
@@ -69,8 +79,8 @@ TEST_CASE("lists of every kind, against the reference", "[sparse]") {
   for (int round = 0; round < 60; ++round) {
     const index_t kv_heads = random.pick({1, 2}), group = random.pick({1, 2, 5});
     const index_t dim_v = random.pick({8, 24, 33}), dim_qk = random.pick({8, 17, 32});
-    Setup s(random, random.pick({1, 2}), kv_heads * group, kv_heads, random.pick({1, 3, 21, 70}), random.pick({1, 40, 300, 700}),
-            dim_qk, dim_v);
+    Setup s(random, random.pick({1, 2}), kv_heads * group, kv_heads, random.pick({1, 3, 21, 70}),
+            random.pick({1, 40, 300, 700}), dim_qk, dim_v);
     test::ListShape shape;
     shape.batch = random.one_in(2) ? 1 : s.batch;
     shape.heads = random.pick({index_t{1}, s.kv_heads, s.q_heads});
@@ -170,7 +180,7 @@ TEST_CASE("a listed NaN shows only where the mask lets it be seen", "[sparse]") 
   }
 }
 
-TEST_CASE("disjoint lists merge to the whole; lanes move no bit", "[sparse]") {
+TEST_CASE("disjoint lists merge to the whole, lanes move no bit", "[sparse]") {
   test::Random random(75);
   Setup s(random, 1, 4, 4, 6, 3000, 16, 16);
   std::vector<std::int32_t> even, odd, all;

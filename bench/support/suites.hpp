@@ -12,7 +12,7 @@ struct SuiteOptions {
   bool quick = false;
 };
 
-// The flag in Row::suites of a suite of rows: core, decode, storage, variants, recurrent. 0: no such suite.
+// The flag in Row::suites of a suite of rows: core, decode, storage, variants, recurrent, sparse. 0: no such suite.
 unsigned suite_of(const std::string& name);
 
 // Both return the exit status of the program.

@@ -41,8 +41,8 @@ Status sparse_attention(const Operand& q, const View<TK, 4>& k, const View<TV, 4
   return door::sparse<door::FormatsOf<TK, TV>>(q, door::kv_of(k, v), lists, out, options);
 }
 template <class TK, class TV>
-Status sparse_attention(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, const KeyLists& lists, const Result& out,
-                        const AttentionOptions& options = {}) {
+Status sparse_attention(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, const KeyLists& lists,
+                        const Result& out, const AttentionOptions& options = {}) {
   return sparse_attention(q, k, v, std::span<const KeyLists>(&lists, 1), out, options);
 }
 

@@ -50,7 +50,8 @@ inline OwnedLists random_lists(Random& random, const ListShape& shape, const std
   std::vector<std::vector<std::int32_t>> all;
   for (index_t n = 0; n < shape.batch * shape.heads * l.q_blocks; ++n) {
     const index_t b = n / (shape.heads * l.q_blocks);
-    const index_t keys = shape.batch == 1 ? *std::min_element(len_k.begin(), len_k.end()) : len_k[static_cast<std::size_t>(b)];
+    const index_t keys =
+        shape.batch == 1 ? *std::min_element(len_k.begin(), len_k.end()) : len_k[static_cast<std::size_t>(b)];
     std::vector<std::int32_t> chosen;
     for (index_t e = 0; e * shape.k_block < keys; ++e) {
       if (random.uniform() >= shape.density) continue;
@@ -105,7 +106,7 @@ inline index_t times_listed(std::span<const KeyLists> kinds, index_t b, index_t 
     const index_t n = ((kind.batch == 1 ? 0 : b) * kind.heads + own) * kind.q_blocks + i / kind.q_block;
     const auto at = static_cast<std::size_t>(n);
     const index_t first = kind.begin.empty() ? n * kind.capacity : kind.begin[at];
-    const index_t count = !kind.begin.empty()   ? kind.begin[at + 1] - kind.begin[at]
+    const index_t count = !kind.begin.empty()  ? kind.begin[at + 1] - kind.begin[at]
                           : kind.count.empty() ? kind.capacity
                                                : index_t{kind.count[at]};
     for (index_t e = first; e < first + count; e += kind.ranges ? 2 : 1) {
@@ -126,8 +127,8 @@ inline std::vector<float> list_bias(std::span<const KeyLists> kinds, index_t bat
     for (index_t h = 0; h < q_heads; ++h) {
       for (index_t i = 0; i < len_q; ++i) {
         for (index_t j = 0; j < longest; ++j)
-          bias.push_back(std::log(static_cast<float>(
-              times_listed(kinds, b, h, q_heads, i, j, len_k[static_cast<std::size_t>(b)]))));
+          bias.push_back(
+              std::log(static_cast<float>(times_listed(kinds, b, h, q_heads, i, j, len_k[static_cast<std::size_t>(b)]))));
       }
     }
   }

@@ -79,7 +79,8 @@ inline index_t list_heads(std::span<const KeyLists> kinds) {
   return heads;
 }
 
-inline Status check_list(const KeyLists& kind, std::size_t n, const AttentionShape& shape, index_t sequences, index_t longest) {
+inline Status check_list(const KeyLists& kind, std::size_t n, const AttentionShape& shape, index_t sequences,
+                         index_t longest) {
   if (kind.batch != 1 && kind.batch != sequences)
     return invalid("fovea: lists[%zu] are for %td sequences, must be 1 or %td", n, kind.batch, sequences);
   if (kind.heads != 1 && kind.heads != shape.kv_heads && kind.heads != shape.q_heads)
@@ -90,15 +91,16 @@ inline Status check_list(const KeyLists& kind, std::size_t n, const AttentionSha
     return invalid("fovea: lists[%zu] have q_block %td, k_block %td, q_blocks %td, capacity %td: blocks must be positive", n,
                    kind.q_block, kind.k_block, kind.q_blocks, kind.capacity);
   if (kind.q_blocks < (longest + kind.q_block - 1) / kind.q_block)
-    return invalid("fovea: lists[%zu] hold %td blocks of %td queries, the longest sequence has %td queries", n, kind.q_blocks,
-                   kind.q_block, longest);
+    return invalid("fovea: lists[%zu] hold %td blocks of %td queries, the longest sequence has %td queries", n,
+                   kind.q_blocks, kind.q_block, longest);
   index_t lists = 0;
   if (__builtin_mul_overflow(kind.batch * kind.heads, kind.q_blocks, &lists))
     return unsupported("fovea: lists[%zu] are too many: %td x %td x %td", n, kind.batch, kind.heads, kind.q_blocks);
   index_t numbers = 0;
   if (!kind.begin.empty()) {
     if (static_cast<index_t>(kind.begin.size()) != lists + 1)
-      return invalid("fovea: lists[%zu].begin has %zu entries for %td lists, must have one more", n, kind.begin.size(), lists);
+      return invalid("fovea: lists[%zu].begin has %zu entries for %td lists, must have one more", n, kind.begin.size(),
+                     lists);
     if (Status s = check_cumulative("begin", kind.begin, PTRDIFF_MAX); !s.ok()) return s;
     numbers = kind.begin.back();
   } else {
@@ -130,8 +132,7 @@ inline Status check_lists(std::span<const KeyLists> kinds, const AttentionShape&
   return {};
 }
 inline Bytes bytes_of_list(const KeyLists& kind) {
-  const index_t numbers =
-      kind.begin.empty() ? kind.batch * kind.heads * kind.q_blocks * kind.capacity : kind.begin.back();
+  const index_t numbers = kind.begin.empty() ? kind.batch * kind.heads * kind.q_blocks * kind.capacity : kind.begin.back();
   const auto base = reinterpret_cast<std::uintptr_t>(kind.entries);
   return {base, base + static_cast<std::uintptr_t>(numbers) * sizeof(std::int32_t)};
 }

@@ -29,8 +29,7 @@ class KeyRanges {
     heads_ = heads;
     q_block_ = kinds.front().q_block;
     q_blocks_ = 0;
-    for (const Sequence& sequence : sequences)
-      q_blocks_ = std::max(q_blocks_, (sequence.len_q + q_block_ - 1) / q_block_);
+    for (const Sequence& sequence : sequences) q_blocks_ = std::max(q_blocks_, (sequence.len_q + q_block_ - 1) / q_block_);
     ranges_.clear();
     first_.assign(1, 0);
     slots_.clear();

@@ -57,12 +57,12 @@ struct PlanRequest {
   bool strip = false;       // keep whole rows of scores
 };
 
-inline constexpr index_t kDecodeRows = 16;    // at most so many query rows per kv head read K and V in place
-inline constexpr index_t kWideRows = 256;     // at most so many are packed and still split the keys: one kv head of many
+inline constexpr index_t kDecodeRows = 16;   // at most so many query rows per kv head read K and V in place
+inline constexpr index_t kWideRows = 256;    // at most so many are packed and still split the keys: one kv head of many
 constexpr Regime automatic_regime(index_t rows) {
   return rows <= kDecodeRows ? Regime::decode : rows <= kWideRows ? Regime::wide_decode : Regime::prefill;
 }
-inline constexpr index_t kSplitKeys = 1024;   // decode and wide decode: keys of one partial result
+inline constexpr index_t kSplitKeys = 1024;                // decode and wide decode: keys of one partial result
 inline constexpr index_t kStripBytes = index_t{2} << 20;   // whole rows of scores of one block: what an L2 holds
 inline constexpr index_t kMaxTasks = index_t{1} << 24;
 
@@ -107,7 +107,7 @@ class Plan {
   index_t partial_rows = 0;   // (split, row) pairs
   index_t strip_keys = 0;     // keys of a row of scores that is kept whole, in whole key tiles; 0 without
   bool has_packed = false;
-  bool listed = false;        // keys are slots of lists
+  bool listed = false;               // keys are slots of lists
   index_t list_rows = PTRDIFF_MAX;   // rows that share a list, where a block holds several
   std::vector<Sequence> sequences;
   std::vector<Block> blocks;
@@ -138,18 +138,18 @@ class Plan {
 
 // One lane's slice of the workspace. Filled by the same code that counts its bytes.
 struct LaneMemory {
-  Row* rows;            // [max_rows]
-  float* staging;       // [kTileRows, padded dim_qk]  queries that are not stored as f32
-  float* queries;       // packed [row group, dim_qk, kTileRows], decode [row, padded dim_qk]
-  float* keys;          // [panel, dim_qk, kPanel]
-  float* values;        // [panel, key_tile, kPanel]
-  float* scores;        // [row of a group, kScoreStride]
-  float* rescale;       // [row of a group]
-  float* acc;           // [max_rows, padded dim_v]
-  std::byte* states;    // [max_rows, kStateBytes]
-  std::uint8_t* live;   // [row of a group, kMaxKeyTile]
-  index_t* hulls;       // [row group, 2]
-  float* strip;         // [max_rows + 1, strip_keys]  the last row is scratch
+  Row* rows;                 // [max_rows]
+  float* staging;            // [kTileRows, padded dim_qk]  queries that are not stored as f32
+  float* queries;            // packed [row group, dim_qk, kTileRows], decode [row, padded dim_qk]
+  float* keys;               // [panel, dim_qk, kPanel]
+  float* values;             // [panel, key_tile, kPanel]
+  float* scores;             // [row of a group, kScoreStride]
+  float* rescale;            // [row of a group]
+  float* acc;                // [max_rows, padded dim_v]
+  std::byte* states;         // [max_rows, kStateBytes]
+  std::uint8_t* live;        // [row of a group, kMaxKeyTile]
+  index_t* hulls;            // [row group, 2]
+  float* strip;              // [max_rows + 1, strip_keys]  the last row is scratch
   std::int32_t* positions;   // [kMaxKeyTile + kPositionsAhead]  of the key tile's slots, where keys are listed
   std::byte* gathered;       // [kGatherRows, gathered_row(dim_qk)], [kGatherRows, gathered_row(dim_v)]
 };
@@ -285,8 +285,13 @@ Status Plan::build_tasks(index_t apart, const KeysOf& keys_of) {
             const index_t first_split = splits_keys ? keys.begin / kSplitKeys : 0;
             const index_t splits =
                 splits_keys ? std::max<index_t>((keys.end + kSplitKeys - 1) / kSplitKeys - first_split, 1) : 1;
-            const Block block{static_cast<std::int32_t>(s),      static_cast<std::int32_t>(kv_head), begin, row_count,
-                              static_cast<std::int32_t>(splits), regime,                             0};
+            const Block block{static_cast<std::int32_t>(s),
+                              static_cast<std::int32_t>(kv_head),
+                              begin,
+                              row_count,
+                              static_cast<std::int32_t>(splits),
+                              regime,
+                              0};
             if (!visit(block, keys, first_split)) return;
           }
         }
@@ -316,8 +321,7 @@ Status Plan::build_tasks(index_t apart, const KeysOf& keys_of) {
     }
     if (block.splits > 1) partial_rows += block.splits * block.row_count;
     if (request.strip)
-      strip_keys =
-          std::max(strip_keys, padded(keys.end, key_tile_size) - keys.begin / key_tile_size * key_tile_size);
+      strip_keys = std::max(strip_keys, padded(keys.end, key_tile_size) - keys.begin / key_tile_size * key_tile_size);
     has_packed = has_packed || block.regime != Regime::decode;
     max_rows = std::max(max_rows, grouped_rows(block.row_count, block.regime));
     return true;
@@ -345,8 +349,8 @@ inline std::string Plan::describe() const {
     most_splits = std::max<index_t>(most_splits, block.splits);
   }
   const auto all = static_cast<index_t>(blocks.size());
-  const char* const regime = decode_blocks == all ? "decode (K and V read in place)"
-                             : wide_blocks == all ? "wide decode (K and V packed per key tile, keys split)"
+  const char* const regime = decode_blocks == all               ? "decode (K and V read in place)"
+                             : wide_blocks == all               ? "wide decode (K and V packed per key tile, keys split)"
                              : decode_blocks + wide_blocks == 0 ? "prefill (K and V packed per key tile)"
                                                                 : "mixed, by the rows of each sequence";
   char text[640];

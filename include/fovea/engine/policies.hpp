@@ -145,7 +145,9 @@ concept Epilogue = requires(const E& epilogue, const Row& row, std::span<float> 
 // Whether the lanes of a score or a mask take any positions. Others are given vectors of neighbours only, and where a list
 // scatters its keys, one vector per key. A Lane says so by a member of this name.
 template <class Lane>
-inline constexpr bool kTakesAnyPositions = requires { requires Lane::kAnyPositions; };
+inline constexpr bool kTakesAnyPositions = requires {
+  requires Lane::kAnyPositions;
+};
 
 // The do-nothing parts. The engine may ask whether a policy is one of these three, and nothing else.
 struct Identity {
@@ -245,13 +247,14 @@ constexpr bool check_policies() {
       "fovea: a mask needs hull(rows) -> KeyRange, cover(Tile) -> Cover and at(Row) -> callable (i32 pos) -> keep_t; "
       "see docs/policies.md#mask");
   constexpr bool kNormalizes = Normalizer<decltype(Spec::norm)> || WholeRowNormalizer<decltype(Spec::norm)>;
-  static_assert(kNormalizes,
-                "fovea: a normalizer needs State, begin, absorb, merge and finish, or weigh_row; see docs/policies.md#normalizer");
+  static_assert(
+      kNormalizes,
+      "fovea: a normalizer needs State, begin, absorb, merge and finish, or weigh_row; see docs/policies.md#normalizer");
   static_assert(Tap<decltype(Spec::tap)>, "fovea: a tap needs absorb and finish; see docs/policies.md#tap");
   static_assert(Epilogue<decltype(Spec::epilogue)>,
                 "fovea: an epilogue needs store(Row, acc, Final); see docs/policies.md#epilogue");
-  return (KvSource<decltype(Spec::source)> || ListedSource<decltype(Spec::source)>) && ScoreMod<decltype(Spec::score)> && Mask<decltype(Spec::mask)> &&
-         kNormalizes && Tap<decltype(Spec::tap)> && Epilogue<decltype(Spec::epilogue)>;
+  return (KvSource<decltype(Spec::source)> || ListedSource<decltype(Spec::source)>)&&ScoreMod<decltype(Spec::score)> &&
+         Mask<decltype(Spec::mask)> && kNormalizes && Tap<decltype(Spec::tap)> && Epilogue<decltype(Spec::epilogue)>;
 }
 
 }   // namespace FOVEA_ARCH

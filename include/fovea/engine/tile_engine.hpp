@@ -30,8 +30,9 @@ inline namespace FOVEA_ARCH {
 struct Queries {
   Operand q;   // [batch, q_head, pos, dim]
   float scale;
-  const float* channel_scale;   // [kv_head, dim], of keys stored as bare codes; null without: s = (q * channel_scale) . codes
-  index_t heads_per_scale = 1;  // q heads of a kv head
+  const float*
+      channel_scale;   // [kv_head, dim], of keys stored as bare codes; null without: s = (q * channel_scale) . codes
+  index_t heads_per_scale = 1;   // q heads of a kv head
 };
 
 // The rows of a block, in order, without a division per row.
@@ -72,8 +73,12 @@ FOVEA_INLINE QueryRow query_of(const Plan& plan, const Queries& queries, const R
 
 // Decode keeps whole rows, padded with zeros to whole vectors.
 inline void copy_query(const QueryRow& from, index_t dim, float scale, float* to) {
-  for (index_t d = 0; d < dim; ++d) to[d] = from.data[d * from.element_stride] * scale;
-  for (index_t d = dim; d < padded(dim, kLanes); ++d) to[d] = 0.f;
+  for (index_t d = 0; d < dim; d += kLanes) {
+    const f32 part = from.element_stride == 1 && dim - d >= kLanes
+                         ? load(from.data + d)
+                         : load_strided(from.data + d * from.element_stride, from.element_stride, dim - d);
+    store(to + d, part * f32(scale));
+  }
 }
 
 // Scores of one row group against the keys of a tile, straight from storage, run_from(key) by run. Column 0 is key tile_begin.
@@ -208,8 +213,8 @@ class TileRun {
   State* const states_;
   const Block* block_ = nullptr;
   index_t group_rows_ = 0;
-  index_t list_rows_ = 0, list_groups_ = 0;   // a group never holds rows of two lists
-  KeyRange reach_{};   // keys some row of the block may see in this task
+  index_t list_rows_ = 0, list_groups_ = 0;            // a group never holds rows of two lists
+  KeyRange reach_{};                                   // keys some row of the block may see in this task
   bool keys_packed_ = false, values_packed_ = false;   // of the key tile at hand
   bool values_finite_ = true;
 
@@ -345,8 +350,7 @@ class TileRun {
     }
     if (with_values) values_finite_ = true;
     for (index_t key = tile.k_begin; key < tile.k_end;) {
-      const Run run =
-          run_from(tile, tile_begin, key, !with_values ? Want::keys : with_keys ? Want::both : Want::values);
+      const Run run = run_from(tile, tile_begin, key, !with_values ? Want::keys : with_keys ? Want::both : Want::values);
       const index_t column = key - tile_begin;
       if (with_keys) run.kernels->k.pack(run.k, dim_qk(), column, keys());
       if (with_values) {
@@ -508,14 +512,16 @@ class TileRun {
       const std::uint8_t* const live = memory_.live + r * kMaxKeyTile;
       const float* rescale = memory_.rescale + r;
       if (packed()) {
-        PanelType::weigh_live(tile.k_begin - tile_begin, tile.k_end - tile_begin, live,
-                              memory_.scores + r * kScoreStride, values(), value_panel(), dim_v(), *rescale,
+        PanelType::weigh_live(tile.k_begin - tile_begin, tile.k_end - tile_begin, live, memory_.scores + r * kScoreStride,
+                              values(), value_panel(), dim_v(), *rescale,
                               memory_.acc + (g * group_rows_ + r) * acc_stride(plan_));
         continue;
       }
-      if (std::find(live + (tile.k_begin - tile_begin), live + (tile.k_end - tile_begin), 1) == live + (tile.k_end - tile_begin)) {
+      if (std::find(live + (tile.k_begin - tile_begin), live + (tile.k_end - tile_begin), 1) ==
+          live + (tile.k_end - tile_begin)) {
         float* const acc = memory_.acc + (g * group_rows_ + r) * acc_stride(plan_);
-        for (index_t d = 0; d < acc_stride(plan_) && *rescale != 1.f; d += kLanes) store(acc + d, load(acc + d) * f32(*rescale));
+        for (index_t d = 0; d < acc_stride(plan_) && *rescale != 1.f; d += kLanes)
+          store(acc + d, load(acc + d) * f32(*rescale));
         continue;
       }
       for (index_t j = tile.k_begin; j < tile.k_end;) {

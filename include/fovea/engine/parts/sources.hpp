@@ -45,7 +45,8 @@ struct StoredSource {
   Run run_of(const Kv& home, const KvKernels& reads, const Row& row, index_t begin, index_t end) const {
     const Sequence& sequence = sequences[row.sequence];
     const auto at = [&](const Stored& stored, Place place) {
-      return stored.data + place.entry * stored.stride[0] + row.kv_head * stored.stride[1] + place.position * stored.stride[2];
+      return stored.data + place.entry * stored.stride[0] + row.kv_head * stored.stride[1] +
+             place.position * stored.stride[2];
     };
     if (home.home == Home::paged) {
       // The run ends with its page, or where what it prefetches does.
@@ -53,7 +54,8 @@ struct StoredSource {
       const index_t page = begin / home.len, slot = begin - page * home.len;
       const Place place{entry(home, row.sequence, page), slot};
       // Pages behind the middle of a mixed cache are not in use.
-      const index_t in_use = home.exact == nullptr ? sequence.len_k : home.exact_from[static_cast<std::size_t>(row.sequence)];
+      const index_t in_use =
+          home.exact == nullptr ? sequence.len_k : home.exact_from[static_cast<std::size_t>(row.sequence)];
       index_t count = std::min(end - begin, home.len - place.position);
       const auto segment = [&](const Stored& stored, index_t near) {
         const std::byte* const data = at(stored, place);

@@ -39,6 +39,37 @@ FOVEA_INLINE keep_t nonzero_bytes(const std::uint8_t* from, index_t stride, inde
   return !keep_t(_mm256_castsi256_ps(_mm256_cmpeq_epi32(wide, _mm256_setzero_si256())));
 }
 
+// Bit i: lane i is kept.
+FOVEA_INLINE unsigned keep_bits(keep_t keep) { return static_cast<unsigned>(_mm256_movemask_ps(keep.data)); }
+
+// Byte n of entry `keep`: the n-th lane whose bit is set in it.
+struct KeptLanes {
+  std::uint64_t of[256] = {};
+  constexpr KeptLanes() {
+    for (unsigned keep = 0; keep < 256; ++keep) {
+      int n = 0;
+      for (unsigned lane = 0; lane < 8; ++lane) {
+        if ((keep >> lane & 1u) != 0) of[keep] |= std::uint64_t{lane} << (8 * n++);
+      }
+    }
+  }
+};
+inline constexpr KeptLanes kKeptLanes;
+// The lanes whose bit is set, one after the other; nothing behind them is written.
+FOVEA_INLINE void store_kept(std::int32_t* to, i32 v, unsigned keep) {
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(kKeptLanes.of[keep])));
+  _mm256_maskstore_epi32(to, first_lanes(__builtin_popcount(keep)), _mm256_permutevar8x32_epi32(v, lanes));
+}
+// Bit i, i < 32: from[i] <= bound.
+FOVEA_INLINE std::uint32_t at_most_bits(const std::uint16_t* from, std::uint16_t bound) {
+  const __m256i most = _mm256_set1_epi16(static_cast<short>(bound));
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16));
+  const __m256i bytes = _mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_min_epu16(low, most), low),
+                                           _mm256_cmpeq_epi16(_mm256_min_epu16(high, most), high));
+  return static_cast<std::uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0xd8)));
+}
+
 FOVEA_INLINE float reduce_add(f32 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

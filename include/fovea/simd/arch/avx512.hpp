@@ -241,6 +241,18 @@ FOVEA_INLINE void load_normal_e4m3_pair(const std::byte* from, f32 (&to)[2]) {
 }
 #endif
 
+// Bit i: lane i is kept.
+FOVEA_INLINE unsigned keep_bits(keep_t keep) { return keep.data; }
+// The lanes whose bit is set, one after the other; nothing behind them is written.
+FOVEA_INLINE void store_kept(std::int32_t* to, i32 v, unsigned keep) {
+  const __m512i kept = _mm512_maskz_compress_epi32(static_cast<__mmask16>(keep), v);
+  _mm512_mask_storeu_epi32(to, first_lanes(__builtin_popcount(keep)), kept);
+}
+// Bit i, i < 32: from[i] <= bound.
+FOVEA_INLINE std::uint32_t at_most_bits(const std::uint16_t* from, std::uint16_t bound) {
+  return _mm512_cmple_epu16_mask(_mm512_loadu_si512(from), _mm512_set1_epi16(static_cast<short>(bound)));
+}
+
 // first, first + 1, first + 2, ... first + 15, as a constant and not as a conversion in the loop.
 FOVEA_INLINE f32 counted_from(float first) {
   return _mm512_setr_ps(first, first + 1, first + 2, first + 3, first + 4, first + 5, first + 6, first + 7, first + 8,

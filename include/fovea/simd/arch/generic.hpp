@@ -50,6 +50,42 @@ FOVEA_INLINE keep_t nonzero_bytes(const std::uint8_t* from, index_t stride, inde
   return f32::load_aligned(lanes) != f32(0.f);
 }
 
+// Bit i: lane i is kept.
+FOVEA_INLINE unsigned keep_bits(keep_t keep) {
+#if defined(__SSE2__) && !defined(__AVX__)
+  return static_cast<unsigned>(_mm_movemask_ps(keep.data));
+#else
+  alignas(f32) float lanes[kLanes];
+  select(keep, f32(1.f), f32(0.f)).store_aligned(lanes);
+  unsigned bits = 0;
+  for (index_t i = 0; i < kLanes; ++i) bits |= (lanes[i] != 0.f ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+// The lanes whose bit is set, one after the other; nothing behind them is written.
+FOVEA_INLINE void store_kept(std::int32_t* to, i32 v, unsigned keep) {
+  alignas(i32) std::int32_t lanes[kLanes];
+  v.store_aligned(lanes);
+  for (; keep != 0; keep &= keep - 1) *to++ = lanes[__builtin_ctz(keep)];
+}
+// Bit i, i < 32: from[i] <= bound.
+FOVEA_INLINE std::uint32_t at_most_bits(const std::uint16_t* from, std::uint16_t bound) {
+  std::uint32_t bits = 0;
+#if defined(__SSE2__)
+  const __m128i most = _mm_set1_epi16(static_cast<short>(bound));
+  for (int half = 0; half < 2; ++half, from += 16) {
+    const __m128i low = _mm_subs_epu16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), most);
+    const __m128i high = _mm_subs_epu16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)), most);
+    const __m128i zero = _mm_setzero_si128();
+    const int bytes = _mm_movemask_epi8(_mm_packs_epi16(_mm_cmpeq_epi16(low, zero), _mm_cmpeq_epi16(high, zero)));
+    bits |= static_cast<std::uint32_t>(bytes) << (16 * half);
+  }
+#else
+  for (int i = 0; i < 32; ++i) bits |= (from[i] <= bound ? 1u : 0u) << i;
+#endif
+  return bits;
+}
+
 FOVEA_INLINE float reduce_add(f32 v) {
 #if XSIMD_VERSION_MAJOR >= 9
   return xsimd::reduce_add(v);

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory of a known size for a call: the caller's workspace, or the library's own per thread.
+#pragma once
+#include "../core/workspace.hpp"
+#include "local.hpp"
+
+namespace fovea {
+inline namespace v0 {
+inline namespace FOVEA_ARCH {
+namespace door {
+
+// f(the aligned part of at least `wanted` bytes, kAlignment of them to spare). Calls that run inside of each other have a
+// Local each, or the inner one allocates every time.
+template <class Local, class F>
+Status in_memory(std::span<std::byte> given, std::size_t wanted, const F& f) {
+  const auto run = [&](std::span<std::byte> bytes) -> Status {
+    if (Status s = check_workspace(bytes, wanted); !s.ok()) return s;
+    return f(aligned(bytes));
+  };
+  if (!given.empty()) return run(given);
+  return with_memory<Local>([&](Local& local) { return run(local.workspace(wanted)); });
+}
+
+}   // namespace door
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea
