@@ -29,8 +29,8 @@ struct SparseWork {
 };
 
 struct SparseImpl {
-  std::string impl;             // last part of the row's name: fovea, dense, copy, partial_sort ...
-  double flops = 0, bytes = 0;  // of one call; a rate where one of them is a count of something else
+  std::string impl;              // last part of the row's name: fovea, dense, copy, partial_sort ...
+  double flops = 0, bytes = 0;   // of one call; a rate where one of them is a count of something else
   std::function<SparseWork(const SparseMemory&)> make;
 };
 
@@ -48,8 +48,8 @@ class PreparedSparse final : public PreparedRow {
 };
 
 // Rows sparse/<problem>/t<threads>/<impl>. `streamed`: the problem does not fit the caches, rates are held against DRAM.
-inline Group sparse_group(const std::string& problem, int threads, index_t input_floats, index_t output_floats, bool streamed,
-                          const std::vector<SparseImpl>& impls) {
+inline Group sparse_group(const std::string& problem, int threads, index_t input_floats, index_t output_floats,
+                          bool streamed, const std::vector<SparseImpl>& impls) {
   Group group;
   group.title = "sparse/" + problem;
   for (const SparseImpl& impl : impls) {

@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: Apache-2.0
+// MInference's vertical-slash pattern (Jiang et al. 2024, arXiv 2407.02490): the weights of a prompt's last 64 queries say
+// which columns (keys that everybody looks at) and which diagonals (distances that everybody looks back) a head needs; every
+// other query attends to those only. The first 30 columns and the nearest 100 diagonals are always in.
+#pragma once
+#include <limits>
+
+#include "../call/selection.hpp"
+#include "../simd/select.hpp"
+
+namespace fovea {
+inline namespace v0 {
+
+// How many columns and diagonals a head takes: the result of an offline search per head, 1000 and 6096 being typical. At
+// least 30 columns and 50 diagonals are taken, at most all.
+struct VerticalSlash {
+  index_t verticals = 1000, slashes = 6096;
+  std::span<const index_t> head_verticals = {};   // [q_head]  instead of the two above
+  std::span<const index_t> head_slashes = {};     // [q_head]
+};
+
+inline namespace FOVEA_ARCH {
+
+namespace vertical_slash {
+
+inline constexpr index_t kLastQueries = 64, kBlock = 64;
+inline constexpr index_t kForcedVerticals = 30, kForcedSlashes = 100, kLeastSlashes = 50;
+
+// The diagonals from .. to, none of them farther than a block from the next: together they cover one run of keys.
+struct Slashes {
+  std::int32_t from, to;
+};
+
+// What the rows at positions m .. m + kBlock - 1 look at, before causality, in ascending order: range(begin, end) for what
+// the diagonals cover, column(s) for the columns that they do not. Diagonal o covers the keys [e - kBlock, e), e = max(m +
+// kBlock - o, kBlock), if o < m + kBlock. `groups` are sorted by distance.
+template <class Range, class Column>
+void walk_block(std::span<const std::int32_t> verticals, std::span<const Slashes> groups, index_t m, index_t len_k,
+                const Range& range, const Column& column) {
+  const index_t visible = std::min(m + kBlock, len_k);
+  std::size_t v = 0;
+  index_t begin = 0, end = 0;
+  const auto close = [&] {
+    for (; v < verticals.size() && verticals[v] < std::min(begin, visible); ++v) column(index_t{verticals[v]});
+    while (v < verticals.size() && verticals[v] < end) ++v;
+    if (begin < end) range(begin, end);
+  };
+  for (std::size_t n = groups.size(); n-- > 0;) {
+    if (groups[n].from >= m + kBlock) continue;
+    const index_t from = std::max<index_t>(m - groups[n].to, 0);
+    const index_t to = std::min(std::max(m + kBlock - groups[n].from, kBlock), len_k);
+    if (from >= to) break;
+    if (from > end) {
+      close();
+      begin = from;
+    }
+    end = std::max(end, to);
+  }
+  close();
+  for (; v < verticals.size() && verticals[v] < visible; ++v) column(index_t{verticals[v]});
+}
+
+// Sorted diagonals as groups; returns how many.
+inline index_t group_slashes(std::span<const std::int32_t> slashes, Slashes* to) {
+  index_t count = 0;
+  for (const std::int32_t o : slashes) {
+    if (count > 0 && o - to[count - 1].to <= kBlock) {
+      to[count - 1].to = o;
+    } else {
+      to[count++] = {o, o};
+    }
+  }
+  return count;
+}
+
+struct LaneMemory {
+  float *query, *queries, *panels, *scores;
+  float *vertical, *slash;   // [key], [diagonal]
+  std::byte* top_k;
+};
+
+}   // namespace vertical_slash
+
+// The lists of a call, and what they were made of. They stay valid until the next `select` and serve every call with the
+// same lengths; the memory is kept.
+class VerticalSlashLists {
+ public:
+  // Reads Q and K; of the options: lengths, positions, scale and the executor. They must be causal.
+  template <class Compiled = AllFormats>
+  Status select(const Operand& q, const Kv& kv, const VerticalSlash& rule = {}, const AttentionOptions& options = {});
+
+  // Ranges and columns, one softmax over both: fovea::sparse_attention(q, kv, lists.lists(), out, options).
+  std::span<const KeyLists> lists() const { return kinds_; }
+  // Keys that the lists name / keys before the end of each block of queries.
+  double share() const { return share_; }
+  std::span<const std::int32_t> verticals(index_t sequence, index_t q_head) const {
+    const Lines& lines = lines_[sequence * heads_ + q_head];
+    return {lines.verticals, static_cast<std::size_t>(lines.vertical_count)};
+  }
+  std::span<const std::int32_t> slashes(index_t sequence, index_t q_head) const {
+    const Lines& lines = lines_[sequence * heads_ + q_head];
+    return {lines.slashes, static_cast<std::size_t>(lines.slash_count)};
+  }
+
+ private:
+  struct Lines {
+    std::int32_t *verticals, *slashes;
+    vertical_slash::Slashes* groups;
+    index_t vertical_count, slash_count, group_count;
+  };
+
+  void carve_lines(Bump& bump, const door::Selection& s, index_t verticals, index_t slashes);
+  static vertical_slash::LaneMemory carve_lane(Bump& bump, const door::Selection& s);
+  static void sum_lines(const door::Selection& s, index_t b, index_t head, float scale, const vertical_slash::LaneMemory& m);
+  static index_t take(float* scores, index_t count, index_t wanted, index_t forced, std::int32_t* to, std::byte* scratch);
+  template <class F>
+  void for_each_block(const door::Selection& s, index_t task, const F& f) const;
+  Status write_lists(const door::Selection& s, const Executor& executor);
+
+  door::LocalBytes sequence_memory_, line_memory_, list_memory_, lane_memory_;
+  Lines* lines_ = nullptr;    // [sequence, q_head]
+  index_t* begins_[2] = {};   // [sequence, q_head, block] + 1, of ranges and of columns
+  index_t heads_ = 0, blocks_ = 0;
+  double share_ = 0;
+  KeyLists kinds_[2];
+};
+
+// Lays out everything of which the size is known before the selection.
+inline void VerticalSlashLists::carve_lines(Bump& bump, const door::Selection& s, index_t verticals, index_t slashes) {
+  const index_t heads = s.sequences * s.shape.q_heads, lists = heads * blocks_;
+  const index_t groups = std::min(slashes, s.last_pos / (vertical_slash::kBlock + 1) + 2);
+  lines_ = bump.take<Lines>(heads);
+  for (index_t*& begins : begins_) begins = bump.take<index_t>(lists + 1);
+  auto* const vertical = bump.take<std::int32_t>(heads * verticals);
+  auto* const slash = bump.take<std::int32_t>(heads * slashes);
+  auto* const group = bump.take<vertical_slash::Slashes>(heads * groups);
+  if (lines_ == nullptr) return;
+  for (index_t n = 0; n < heads; ++n)
+    new (lines_ + n) Lines{vertical + n * verticals, slash + n * slashes, group + n * groups, 0, 0, 0};
+}
+
+inline vertical_slash::LaneMemory VerticalSlashLists::carve_lane(Bump& bump, const door::Selection& s) {
+  const index_t groups = (vertical_slash::kLastQueries + kTileRows - 1) / kTileRows, dim = s.shape.dim_qk;
+  const index_t most = std::max(s.most_keys, s.last_pos + 1);
+  return {bump.take<float>(kTileRows * dim),
+          bump.take<float>(groups * F32Panels::query_size(dim)),
+          bump.take<float>(F32Panels::key_size(dim, kMaxKeyTile)),
+          bump.take<float>(kTileRows * kScoreStride),
+          bump.take<float>(s.most_keys),
+          bump.take<float>(s.last_pos + 1),
+          bump.take<std::byte>(static_cast<index_t>(top_k_scratch_bytes(most, most)))};
+}
+
+// Column and diagonal sums of the weights of a sequence's last queries. Two passes over the keys, the row's maxima and sums
+// first: 64 rows of scores of a long prompt do not fit a cache.
+inline void VerticalSlashLists::sum_lines(const door::Selection& s, index_t b, index_t head, float scale,
+                                          const vertical_slash::LaneMemory& m) {
+  constexpr index_t kRows = vertical_slash::kLastQueries;
+  const Sequence& sequence = s.sequence(b);
+  const index_t dim = s.shape.dim_qk, rows = std::min(kRows, sequence.len_q), first = sequence.len_q - rows;
+  const index_t last_pos = sequence.pos + sequence.len_q - 1, diagonals = std::max<index_t>(last_pos + 1, 0);
+  const index_t keys = std::min(sequence.len_k, diagonals);
+  std::fill_n(m.vertical, sequence.len_k, 0.f);
+  std::fill_n(m.slash, diagonals, 0.f);
+  for (index_t r = 0; r < rows; r += kTileRows) {
+    const index_t here = std::min(kTileRows, rows - r);
+    const float* pointers[kTileRows];
+    for (index_t n = 0; n < here; ++n) {
+      s.read_query(b, head, first + r + n, m.query + n * dim);
+      pointers[n] = m.query + n * dim;
+    }
+    pack_queries(pointers, here, 1, dim, scale * kLog2e, m.queries + r / kTileRows * F32Panels::query_size(dim));
+  }
+  // f(row, its scores in units of ln 2, first key of the tile, how many of the keys it sees)
+  const auto for_each_row = [&](const auto& f) {
+    for (index_t key = 0; key < keys; key += kMaxKeyTile) {
+      const index_t count = std::min(kMaxKeyTile, keys - key);
+      s.pack_keys(b, head, key, 1, count, m.panels);
+      for (index_t r = 0; r < rows; r += kTileRows) {
+        const index_t here = std::min(kTileRows, rows - r);
+        F32Panels::scores(here, 0, count, m.queries + r / kTileRows * F32Panels::query_size(dim), m.panels, dim, 1.f,
+                          m.scores);
+        for (index_t n = 0; n < here; ++n) {
+          const index_t seen = std::min(count, sequence.pos + first + r + n + 1 - key);
+          if (seen > 0) f(r + n, m.scores + n * kScoreStride, key, seen);
+        }
+      }
+    }
+  };
+  constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  float top[kRows], sum[kRows];
+  std::fill_n(top, kRows, kNothing);
+  std::fill_n(sum, kRows, 0.f);
+  for_each_row([&](index_t r, float* scores, index_t, index_t seen) {
+    const index_t whole = padded(seen, kLanes);
+    for (index_t j = seen; j < whole; ++j) scores[j] = kNothing;
+    f32 best(top[r]);
+    for (index_t j = 0; j < whole; j += kLanes) best = xsimd::max(best, load(scores + j));
+    const float highest = reduce_max(best), base = highest == kNothing ? 0.f : highest;
+    f32 weights(0.f);
+    for (index_t j = 0; j < whole; j += kLanes) weights += exp2(load(scores + j) - f32(base));
+    sum[r] = std::fma(sum[r], highest == top[r] ? 1.f : exp2(top[r] - base), reduce_add(weights));
+    top[r] = highest;
+  });
+  // The diagonals of a row run against its keys; turned round while they are summed, so that both are added as vectors.
+  for_each_row([&](index_t r, const float* scores, index_t key, index_t seen) {
+    const f32 base(top[r]), share(sum[r] > 0.f ? 1.f / sum[r] : 0.f);
+    float* const vertical = m.vertical + key;
+    float* const slash = m.slash + (rows - 1 - r) + key;
+    index_t j = 0;
+    for (; j + kLanes <= seen; j += kLanes) {
+      const f32 weight = exp2(load(scores + j) - base) * share;
+      store(vertical + j, load(vertical + j) + weight);
+      store(slash + j, load(slash + j) + weight);
+    }
+    if (j == seen) return;
+    const f32 weight = exp2(load_some(scores + j, seen - j) - base) * share;
+    store_some(vertical + j, load_some(vertical + j, seen - j) + weight, seen - j);
+    store_some(slash + j, load_some(slash + j, seen - j) + weight, seen - j);
+  });
+  std::reverse(m.slash, m.slash + diagonals);
+}
+
+// The `wanted` best of the scores, the first `forced` of them before all others; their number.
+inline index_t VerticalSlashLists::take(float* scores, index_t count, index_t wanted, index_t forced, std::int32_t* to,
+                                        std::byte* scratch) {
+  std::fill_n(scores, std::min(count, forced), std::numeric_limits<float>::infinity());
+  const index_t k = std::min(wanted, count);
+  return top_k({scores, static_cast<std::size_t>(count)}, k, to, {scratch, top_k_scratch_bytes(count, k)});
+}
+
+// f(list, its lines, position of the block's first query, queries in it, keys of the sequence) for the blocks of a head.
+template <class F>
+void VerticalSlashLists::for_each_block(const door::Selection& s, index_t task, const F& f) const {
+  const Sequence& sequence = s.sequence(task / heads_);
+  for (index_t block = 0; block * vertical_slash::kBlock < sequence.len_q; ++block) {
+    const index_t first = block * vertical_slash::kBlock;
+    f(task * blocks_ + block, lines_[task], sequence.pos + first, std::min(vertical_slash::kBlock, sequence.len_q - first),
+      sequence.len_k);
+  }
+}
+
+inline Status VerticalSlashLists::write_lists(const door::Selection& s, const Executor& executor) {
+  const index_t tasks = s.sequences * heads_, lists = tasks * blocks_;
+  using vertical_slash::walk_block;
+  const auto lines_of = [](const Lines& lines, const auto& f) {
+    f(std::span<const std::int32_t>(lines.verticals, static_cast<std::size_t>(lines.vertical_count)),
+      std::span<const vertical_slash::Slashes>(lines.groups, static_cast<std::size_t>(lines.group_count)));
+  };
+  for (index_t* begins : begins_) std::fill_n(begins, lists + 1, index_t{0});
+  deal(executor, executor.lanes(), tasks, [&](int, index_t task) {
+    for_each_block(s, task, [&](index_t list, const Lines& lines, index_t m, index_t, index_t len_k) {
+      lines_of(lines, [&](const auto& verticals, const auto& groups) {
+        walk_block(
+            verticals, groups, m, len_k, [&](index_t, index_t) { begins_[0][list] += 2; },
+            [&](index_t) { ++begins_[1][list]; });
+      });
+    });
+  });
+  const index_t range_numbers = door::counts_to_begins(begins_[0], lists);
+  const index_t columns = door::counts_to_begins(begins_[1], lists);
+  std::int32_t* entries[2] = {};
+  if (Status status = door::carve_local(list_memory_,
+                                        [&](Bump& bump) {
+                                          entries[0] = bump.take<std::int32_t>(range_numbers + 1);
+                                          entries[1] = bump.take<std::int32_t>(columns + 1);
+                                        });
+      !status.ok())
+    return status;
+  deal(executor, executor.lanes(), tasks, [&](int, index_t task) {
+    for_each_block(s, task, [&](index_t list, const Lines& lines, index_t m, index_t, index_t len_k) {
+      std::int32_t *range = entries[0] + begins_[0][list], *column = entries[1] + begins_[1][list];
+      lines_of(lines, [&](const auto& verticals, const auto& groups) {
+        walk_block(
+            verticals, groups, m, len_k,
+            [&](index_t begin, index_t end) {
+              *range++ = static_cast<std::int32_t>(begin);
+              *range++ = static_cast<std::int32_t>(end);
+            },
+            [&](index_t key) { *column++ = static_cast<std::int32_t>(key); });
+      });
+    });
+  });
+  double named = 0, all = 0;
+  for (index_t task = 0; task < tasks; ++task) {
+    for_each_block(s, task, [&](index_t list, const Lines&, index_t m, index_t queries, index_t len_k) {
+      const index_t visible = std::clamp<index_t>(m + queries, 0, len_k);
+      index_t keys = begins_[1][list + 1] - begins_[1][list];
+      for (index_t n = begins_[0][list]; n < begins_[0][list + 1]; n += 2)
+        keys += std::max<index_t>(std::min<index_t>(entries[0][n + 1], visible) - entries[0][n], 0);
+      named += static_cast<double>(std::min(keys, visible)) * static_cast<double>(queries);
+      all += static_cast<double>(visible) * static_cast<double>(queries);
+    });
+  }
+  share_ = all > 0 ? named / all : 0;
+  for (int kind = 0; kind < 2; ++kind) {
+    kinds_[kind] = {};
+    kinds_[kind].entries = entries[kind];
+    kinds_[kind].begin = {begins_[kind], static_cast<std::size_t>(lists) + 1};
+    kinds_[kind].batch = s.sequences;
+    kinds_[kind].heads = heads_;
+    kinds_[kind].q_blocks = blocks_;
+    kinds_[kind].q_block = vertical_slash::kBlock;
+    kinds_[kind].ranges = kind == 0;
+  }
+  return {};
+}
+
+template <class Compiled>
+Status VerticalSlashLists::select(const Operand& q, const Kv& kv, const VerticalSlash& rule,
+                                  const AttentionOptions& options) {
+  door::Selection s;
+  if (Status status = door::open_selection<Compiled>(s, sequence_memory_, q, kv, options); !status.ok()) return status;
+  if (options.causal == Causal::none)
+    return door::invalid("fovea: vertical-slash needs causal options: its diagonals are distances to earlier keys");
+  const auto heads = static_cast<std::size_t>(s.shape.q_heads);
+  for (const std::span<const index_t> counts : {rule.head_verticals, rule.head_slashes}) {
+    if (!counts.empty() && counts.size() != heads)
+      return door::invalid("fovea: vertical-slash has counts for %zu heads, q has %zu", counts.size(), heads);
+  }
+  index_t most[2] = {0, 0};
+  const auto count_of = [&](int kind, index_t head) {
+    const std::span<const index_t> counts = kind == 0 ? rule.head_verticals : rule.head_slashes;
+    const index_t wanted = !counts.empty() ? counts[static_cast<std::size_t>(head)]
+                           : kind == 0     ? rule.verticals
+                                           : rule.slashes;
+    const index_t least = kind == 0 ? vertical_slash::kForcedVerticals : vertical_slash::kLeastSlashes;
+    return std::clamp(wanted, std::min(least, kind == 0 ? s.most_keys : s.last_pos + 1),
+                      kind == 0 ? s.most_keys : s.last_pos + 1);
+  };
+  for (index_t head = 0; head < s.shape.q_heads; ++head) {
+    for (const int kind : {0, 1}) most[kind] = std::max(most[kind], count_of(kind, head));
+  }
+  heads_ = s.shape.q_heads;
+  blocks_ = (s.longest + vertical_slash::kBlock - 1) / vertical_slash::kBlock;
+  if (Status status = door::carve_local(line_memory_, [&](Bump& bump) { carve_lines(bump, s, most[0], most[1]); });
+      !status.ok())
+    return status;
+
+  const index_t tasks = s.sequences * heads_;
+  const int lanes = static_cast<int>(std::min<index_t>(options.executor.lanes(), std::max<index_t>(tasks, 1)));
+  Bump lane_size;
+  carve_lane(lane_size, s);
+  std::byte* lane_bytes = nullptr;
+  if (Status status = door::carve_local(
+          lane_memory_,
+          [&](Bump& bump) { lane_bytes = bump.take<std::byte>(static_cast<index_t>(lane_size.used()) * lanes); });
+      !status.ok())
+    return status;
+  const float scale = scale_of(options, s.shape.dim_qk);
+  deal(options.executor, lanes, tasks, [&](int lane, index_t task) {
+    Bump bump(lane_bytes + lane_size.used() * static_cast<std::size_t>(lane));
+    const vertical_slash::LaneMemory memory = carve_lane(bump, s);
+    const index_t b = task / heads_, head = task % heads_;
+    const Sequence& sequence = s.sequence(b);
+    Lines& lines = lines_[task];
+    if (sequence.len_q == 0) return;
+    sum_lines(s, b, head, scale, memory);
+    lines.vertical_count = take(memory.vertical, sequence.len_k, count_of(0, head), vertical_slash::kForcedVerticals,
+                                lines.verticals, memory.top_k);
+    lines.slash_count = take(memory.slash, std::max<index_t>(sequence.pos + sequence.len_q, 0), count_of(1, head),
+                             vertical_slash::kForcedSlashes, lines.slashes, memory.top_k);
+    lines.group_count =
+        vertical_slash::group_slashes({lines.slashes, static_cast<std::size_t>(lines.slash_count)}, lines.groups);
+  });
+  return write_lists(s, options.executor);
+}
+
+// Attention of every query over its head's columns and diagonals. Softcap, ALiBi, sinks and masks of the options act in the
+// attention, not in the selection; options.workspace serves the attention, the selection keeps memory of its own per thread.
+template <class Compiled = AllFormats>
+Status vertical_slash_attention(const Operand& q, const Kv& kv, const Result& out, const VerticalSlash& rule = {},
+                                const AttentionOptions& options = {}) {
+  struct Local : door::LocalBytes {
+    VerticalSlashLists lists;
+  };
+  if (Status s = door::check_call(door::tidy_operand(q), door::tidy_kv(kv), door::tidy_operand(out), options); !s.ok())
+    return s;
+  return door::with_memory<Local>([&](Local& local) {
+    if (Status s = local.lists.template select<Compiled>(q, kv, rule, options); !s.ok()) return s;
+    return door::sparse<Compiled>(q, kv, local.lists.lists(), out, options);
+  });
+}
+template <class TK, class TV>
+Status vertical_slash_attention(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, const Result& out,
+                                const VerticalSlash& rule = {}, const AttentionOptions& options = {}) {
+  if (Status s = door::check_dense(q, k, v); !s.ok()) return s;
+  return vertical_slash_attention<door::FormatsOf<TK, TV>>(q, door::kv_of(k, v), out, rule, options);
+}
+
+}   // namespace FOVEA_ARCH
+}   // namespace v0
+}   // namespace fovea
