@@ -101,6 +101,35 @@ TEST_CASE("tanh is within 4 ULP and keeps sign, limits and NaN") {
   CHECK(std::isnan(lanes[0]));
 }
 
+TEST_CASE("logistic and silu are within their bounds, 0 where the gate is closed, and keep NaN") {
+  double of_logistic = 0, of_silu = 0;
+  const auto see = [&](float x) {
+    const double exact = 1 / (1 + std::exp(-static_cast<double>(x))), below = std::max(-static_cast<double>(x), 0.);
+    const auto units = [](float got, double wanted) { return std::abs(got - wanted) / (0x1p-24 * std::abs(wanted)); };
+    of_logistic = std::max(of_logistic, units(first_lane(logistic(f32(x))), exact) / (12 + 2 * below));
+    of_silu = std::max(of_silu, units(first_lane(silu(f32(x))), x * exact) / (13 + 2 * below));
+  };
+  for (float x = -86; x < 90; x += 0.0731f) see(x);   // no round numbers
+  for (const float x : {1e-30f, 1e-7f, 1e-3f}) {
+    see(x);
+    see(-x);
+  }
+  CHECK(of_logistic <= 1);
+  CHECK(of_silu <= 1);
+  CHECK(of_logistic > 0.02);   // it was measured at all
+  const float inf = std::numeric_limits<float>::infinity();
+  CHECK(first_lane(logistic(f32(inf))) == 1.f);
+  CHECK(first_lane(silu(f32(inf))) == inf);
+  for (const float x : {-87.f, -1e30f, -inf}) {
+    CHECK(first_lane(logistic(f32(x))) == 0.f);
+    CHECK(first_lane(silu(f32(x))) == 0.f);
+  }
+  CHECK(first_lane(silu(f32(0.f))) == 0.f);
+  const f32 nan(std::numeric_limits<float>::quiet_NaN());
+  CHECK(std::isnan(first_lane(logistic(nan))));
+  CHECK(std::isnan(first_lane(silu(nan))));
+}
+
 TEST_CASE("a lane's value does not depend on its neighbours") {
   for (const float x : {-3.7f, -0.2f, 0.1f, 0.624f, 0.626f, 5.f}) {
     for (const float neighbour : {0.01f, 0.7f, 80.f, std::numeric_limits<float>::quiet_NaN()}) {

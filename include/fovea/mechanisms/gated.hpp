@@ -20,13 +20,8 @@ struct QueryGate {
 
 inline namespace FOVEA_ARCH {
 
-// f(x), relative error at most (12 + 2 max(-x, 0)) 2^-24: the exponent of a closed gate is rounded. Below -125 ln 2 = -86.6
-// it is 0 (the sigmoid is below 2.4e-38 there), NaN stays NaN.
 FOVEA_INLINE f32 gate_factor(GateFunction function, f32 x) {
-  const f32 t = x * f32(-kLog2e);
-  const keep_t closed = t > f32(125.f);
-  const f32 sigmoid = reciprocal(f32(1.f) + exp2(select(closed, f32(125.f), t)));
-  return select(closed, f32(0.f), function == GateFunction::silu ? x * sigmoid : sigmoid);
+  return function == GateFunction::silu ? silu(x) : logistic(x);
 }
 
 // Does the gate have a number for each of these rows [batch, head, pos, dim], its axes batch, head and dim shared where 1?

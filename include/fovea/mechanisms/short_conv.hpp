@@ -44,13 +44,6 @@ inline Memory carve(Bump& bump, index_t channels, index_t width) {
           bump.take<float>(pitch)};
 }
 
-// x sigmoid(x); 0 below -125 ln 2, where its size is below 2e-36.
-FOVEA_INLINE f32 silu(f32 x) {
-  const f32 t = x * f32(-kLog2e);
-  const keep_t closed = t > f32(125.f);
-  return select(closed, f32(0.f), x * reciprocal(f32(1.f) + exp2(select(closed, f32(125.f), t))));
-}
-
 // Floats `stride` apart to neighbours; `to` is padded to whole vectors.
 FOVEA_INLINE void gather_row(const float* from, index_t stride, index_t count, float* to) {
   for (index_t c = 0; c < count; c += kLanes) store(to + c, load_strided(from + c * stride, stride, count - c));

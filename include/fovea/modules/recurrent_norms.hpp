@@ -47,19 +47,6 @@ inline namespace FOVEA_ARCH {
 
 namespace gates {
 
-// Relative error at most (12 + 2 max(-x, 0)) 2^-24, the exponent being rounded; 0 below -125 ln 2 = -86.6.
-FOVEA_INLINE f32 sigmoid(f32 x) {
-  const f32 t = x * f32(-kLog2e);
-  const keep_t closed = t > f32(125.f);
-  return select(closed, f32(0.f), reciprocal(f32(1.f) + exp2(select(closed, f32(125.f), t))));
-}
-
-// 0 below -86.6, where x sigmoid(x) is above -3e-36; so also at -inf.
-FOVEA_INLINE f32 silu(f32 x) {
-  const f32 s = sigmoid(x);
-  return select(s == f32(0.f), f32(0.f), x * s);
-}
-
 // log(1 + e^x) = max(x, 0) + log1p(u), u = e^-|x|, log1p(u) = 2 artanh(u / (2 + u)) by its series: the argument is at most
 // 1/3, the first term left out 3e-9 of the sum. Nothing flushes to 0 before e^x itself does: the relative error is at most
 // (16 + 2 max(-x, 0)) 2^-24, and the value 0 below -87.3.
@@ -77,7 +64,7 @@ FOVEA_INLINE f32 softplus(f32 x) {
 }
 
 FOVEA_INLINE f32 activate(OutputGate gate, f32 x) {
-  return gate == OutputGate::silu ? silu(x) : gate == OutputGate::sigmoid ? sigmoid(x) : f32(1.f);
+  return gate == OutputGate::silu ? silu(x) : gate == OutputGate::sigmoid ? logistic(x) : f32(1.f);
 }
 
 }   // namespace gates
@@ -292,7 +279,7 @@ inline Status log_decay_gate(const Operand& x_any, const LogDecayGate& gate, con
       if (dt_bias)
         z += dt_bias.extent[1] == 1 ? f32(dt_bias(h, 0)) : load_strided(&dt_bias(h, d + i), dt_bias.stride[1], count - i);
       store(values + i,
-            gate.lower_bound ? f32(*gate.lower_bound) * gates::sigmoid(f32(rate) * z) : f32(-rate) * gates::softplus(z));
+            gate.lower_bound ? f32(*gate.lower_bound) * logistic(f32(rate) * z) : f32(-rate) * gates::softplus(z));
     }
   });
   return {};
@@ -311,7 +298,7 @@ inline Status beta_gate(const Operand& b_any, const Tensor<float>& beta_any, boo
   if (Status s = memory.check_apart(); !s.ok()) return s;
   const f32 factor(negative_eigenvalues ? 2.f : 1.f);
   map_numbers(b, beta, executor, [&](index_t, index_t, index_t count, float* values) {
-    for (index_t i = 0; i < count; i += kLanes) store(values + i, factor * gates::sigmoid(load(values + i)));
+    for (index_t i = 0; i < count; i += kLanes) store(values + i, factor * logistic(load(values + i)));
   });
   return {};
 }

@@ -56,6 +56,20 @@ FOVEA_INLINE f32 tanh(f32 x) {
   return select(is_small, small, xsimd::select(x < f32(0.f), -large, large));
 }
 
+// 1 / (1 + e^-x), relative error at most (12 + 2 max(-x, 0)) 2^-24: the exponent of a small result is rounded. Exactly 0
+// below -125 ln 2 = -86.6, where it is under 2.4e-38. NaN stays NaN.
+FOVEA_INLINE f32 logistic(f32 x) {
+  const f32 t = x * f32(-kLog2e);
+  const keep_t closed = t > f32(125.f);
+  return select(closed, f32(0.f), reciprocal(f32(1.f) + exp2(select(closed, f32(125.f), t))));
+}
+
+// x logistic(x), one rounding more. 0 below -86.6 too, where its size is under 2.1e-36; so also at -inf.
+FOVEA_INLINE f32 silu(f32 x) {
+  const f32 share = logistic(x);
+  return select(share == f32(0.f), f32(0.f), x * share);
+}
+
 }   // namespace FOVEA_ARCH
 }   // namespace v0
 }   // namespace fovea
