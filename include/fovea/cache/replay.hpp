@@ -8,6 +8,7 @@
 #pragma once
 #include <cmath>
 
+#include "../call/in_memory.hpp"
 #include "../call/recurrent_call.hpp"
 #include "../simd/denormals.hpp"
 #include "../simd/math.hpp"
@@ -400,32 +401,12 @@ inline Status check(const Call& call, door::Memory& memory) {
   return {};
 }
 
-struct Local : door::LocalBytes {};
-
-// f(workspace) with at least `wanted` bytes on a cache line.
-template <class F>
-Status with_workspace(std::span<std::byte> given, std::size_t wanted, const F& f) {
-  if (!given.empty()) {
-    const std::span<std::byte> bytes = aligned(given);
-    if (Status s = door::check_workspace(bytes, wanted); !s.ok()) return s;
-    f(bytes.data());
-    return {};
-  }
-  return door::with_memory<Local>([&](Local& local) {
-    const std::span<std::byte> bytes = aligned(local.workspace(wanted + kAlignment));
-    Status s = door::check_workspace(bytes, wanted);
-    if (s.ok()) f(bytes.data());
-    return s;
-  });
-}
-
 }   // namespace replay
 
-// Bytes that replay_step() needs for `tokens` tokens per sequence at most, and replay_fold() for 0 tokens; as many more as
-// the buffer lacks to the alignment of a cache line.
+// Bytes that replay_step() needs for `tokens` tokens per sequence at most, and replay_fold() for 0 tokens.
 inline std::size_t replay_workspace_bytes(const StateCache& cache, index_t q_heads, index_t tokens, int lanes) {
   const index_t group = std::max(index_t{1}, q_heads / std::max(index_t{1}, cache.shape().heads));
-  return static_cast<std::size_t>(lanes) * replay::lane_bytes(cache.shape(), tokens, group);
+  return static_cast<std::size_t>(lanes) * replay::lane_bytes(cache.shape(), tokens, group) + kAlignment;
 }
 
 // The next tokens of the sequences named in layer `layer` of a cache that replays; each has begin_steps() before and
@@ -461,15 +442,13 @@ inline Status replay_step(StateCache& cache, index_t layer, std::span<const inde
   const index_t tasks = shape.sequences * shape.state_heads, group = shape.out_heads / shape.state_heads;
   const int lanes = static_cast<int>(std::min<index_t>(options.executor.lanes(), tasks));
   const std::size_t each = replay::lane_bytes(cache.shape(), longest, group);
-  const auto run_lanes = [&](std::byte* workspace) {
-    deal(options.executor, lanes, tasks, [&](int lane, index_t task) {
-      const FlushDenormals flush;
-      Bump bump(workspace + static_cast<std::size_t>(lane) * each);
-      replay::step_head(call, task / shape.state_heads, task % shape.state_heads,
-                        replay::take_lane(bump, cache.shape(), longest, group));
-    });
+  const auto run_head = [&](Bump bump, index_t task) {
+    const FlushDenormals flush;
+    replay::step_head(call, task / shape.state_heads, task % shape.state_heads,
+                      replay::take_lane(bump, cache.shape(), longest, group));
   };
-  if (Status s = replay::with_workspace(options.workspace, each * static_cast<std::size_t>(lanes), run_lanes); !s.ok())
+  if (Status s = door::deal_in_memory<door::LocalBytes>(options.executor, lanes, tasks, options.workspace, each, run_head);
+      !s.ok())
     return s;
   for (index_t n = 0; n < shape.sequences; ++n) {
     const index_t sequence = sequences[static_cast<std::size_t>(n)];
@@ -491,18 +470,15 @@ inline Status replay_fold(StateCache& cache, index_t sequence, const Executor& e
   const index_t tasks = shape.layers * shape.heads, end = cache.len(sequence);
   const int lanes = static_cast<int>(std::min<index_t>(executor.lanes(), tasks));
   const std::size_t each = replay::lane_bytes(shape, 0, 1);
-  const auto run_lanes = [&](std::byte* workspace) {
-    deal(executor, lanes, tasks, [&](int lane, index_t task) {
-      const FlushDenormals flush;
-      Bump bump(workspace + static_cast<std::size_t>(lane) * each);
-      const index_t layer = task / shape.heads, head = task % shape.heads;
-      if (cache.folded(layer, sequence) == end) return;
-      replay::fold_head(shape, cache.state(layer, sequence).data + head * shape.dim_k * shape.dim_v,
-                        cache.replayed(layer, sequence, head), cache.folded(layer, sequence), end,
-                        replay::take_lane(bump, shape, 0, 1));
-    });
+  const auto fold = [&](Bump bump, index_t task) {
+    const FlushDenormals flush;
+    const index_t layer = task / shape.heads, head = task % shape.heads;
+    if (cache.folded(layer, sequence) == end) return;
+    replay::fold_head(shape, cache.state(layer, sequence).data + head * shape.dim_k * shape.dim_v,
+                      cache.replayed(layer, sequence, head), cache.folded(layer, sequence), end,
+                      replay::take_lane(bump, shape, 0, 1));
   };
-  if (Status s = replay::with_workspace(given, each * static_cast<std::size_t>(lanes), run_lanes); !s.ok()) return s;
+  if (Status s = door::deal_in_memory<door::LocalBytes>(executor, lanes, tasks, given, each, fold); !s.ok()) return s;
   for (index_t layer = 0; layer < shape.layers; ++layer) cache.set_folded(layer, sequence, end);
   cache.set_checkpoint(sequence, end);
   return {};

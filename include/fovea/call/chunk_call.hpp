@@ -5,6 +5,7 @@
 #include "../engine/chunk_step.hpp"
 #include "../engine/recurrent_plan.hpp"
 #include "../simd/denormals.hpp"
+#include "in_memory.hpp"
 #include "recurrent_call.hpp"
 
 namespace fovea {
@@ -43,22 +44,12 @@ Status run_tasks(const Run& run, const Spec& spec, const RecurrentOptions<float>
   const int lanes = static_cast<int>(std::min<index_t>(options.executor.lanes(), std::max<index_t>(run.plan.tasks, 1)));
   Bump count;
   Task::carve(count, run);
-  const std::size_t slice = count.used();
-  const std::size_t wanted = slice * static_cast<std::size_t>(lanes) + kAlignment;
-  const auto execute = [&](std::span<std::byte> workspace) -> Status {
-    if (Status s = check_workspace(workspace, wanted); !s.ok()) return s;
-    std::byte* const bytes = aligned(workspace).data();
-    const auto work = [&](int lane, index_t task) {
-      Bump bump(bytes + slice * static_cast<std::size_t>(lane));
-      const auto memory = Task::carve(bump, run);
-      const FlushDenormals flush;
-      Task(run, spec, memory)(task);
-    };
-    deal(options.executor, lanes, run.plan.tasks, work);
-    return {};
+  const auto work = [&](Bump bump, index_t task) {
+    const auto memory = Task::carve(bump, run);
+    const FlushDenormals flush;
+    Task(run, spec, memory)(task);
   };
-  if (!options.workspace.empty()) return execute(options.workspace);
-  return with_memory<LocalBytes>([&](LocalBytes& local) { return execute(local.workspace(wanted)); });
+  return deal_in_memory<LocalBytes>(options.executor, lanes, run.plan.tasks, options.workspace, count.used(), work);
 }
 
 template <class Spec>

@@ -2,6 +2,7 @@
 // Memory of a known size for a call: the caller's workspace, or the library's own per thread.
 #pragma once
 #include "../core/workspace.hpp"
+#include "../engine/deal.hpp"
 #include "local.hpp"
 
 namespace fovea {
@@ -19,6 +20,19 @@ Status in_memory(std::span<std::byte> given, std::size_t wanted, const F& f) {
   };
   if (!given.empty()) return run(given);
   return with_memory<Local>([&](Local& local) { return run(local.workspace(wanted)); });
+}
+
+// f(memory, task) once for every task: `slice` bytes of the lane that runs it, as Bump counts them.
+template <class Local, class F>
+Status deal_in_memory(const Executor& executor, int lanes, index_t tasks, std::span<std::byte> given, std::size_t slice,
+                      const F& f) {
+  const std::size_t wanted = slice * static_cast<std::size_t>(lanes) + kAlignment;
+  return in_memory<Local>(given, wanted, [&](std::span<std::byte> bytes) -> Status {
+    deal(executor, lanes, tasks, [&](int lane, index_t task) {
+      f(Bump(bytes.data() + slice * static_cast<std::size_t>(lane)), task);
+    });
+    return {};
+  });
 }
 
 }   // namespace door

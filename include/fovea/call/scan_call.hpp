@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the front doors of the elementwise scans (engine/scan.hpp) share: checks of their operands, workspace and lanes.
 #pragma once
-#include "../engine/deal.hpp"
 #include "../engine/scan.hpp"
+#include "in_memory.hpp"
 #include "recurrent_call.hpp"
 
 namespace fovea {
@@ -40,33 +40,23 @@ Status check_parameter(const char* name, const View<T, Rank>& view, const declty
   return check_like(name, view, want, memory);
 }
 
-struct ScanLocal : LocalBytes {};
-
+template <class Scan>
+std::size_t scan_slice(const Scan& scan) {   // of a lane
+  Bump bump;
+  scan.carve(bump);
+  return bump.used();
+}
 template <class Scan>
 std::size_t scan_bytes(const Scan& scan, int lanes) {
-  Bump bump;
-  for (int lane = 0; lane < lanes; ++lane) scan.carve(bump);
-  return bump.used() + kAlignment;
+  return scan_slice(scan) * static_cast<std::size_t>(lanes) + kAlignment;
 }
 
 template <class Scan>
 Status run_scan(Scan scan, const RecurrentOptions<float>& options) {
   const int lanes = options.executor.lanes();
   scan.width = scan.width_for(lanes);
-  const std::size_t wanted = scan_bytes(scan, lanes);
-  const auto run = [&](std::span<std::byte> workspace) -> Status {
-    if (Status s = check_workspace(workspace, wanted); !s.ok()) return s;
-    Bump lane_bytes;
-    scan.carve(lane_bytes);
-    std::byte* const begin = aligned(workspace).data();
-    deal(options.executor, lanes, scan.tasks(), [&](int lane, index_t task) {
-      Bump bump(begin + lane_bytes.used() * static_cast<std::size_t>(lane));
-      scan.run(task, scan.carve(bump));
-    });
-    return {};
-  };
-  if (!options.workspace.empty()) return run(options.workspace);
-  return with_memory<ScanLocal>([&](ScanLocal& local) { return run(local.workspace(wanted)); });
+  return deal_in_memory<LocalBytes>(options.executor, lanes, scan.tasks(), options.workspace, scan_slice(scan),
+                                    [&](Bump bump, index_t task) { scan.run(task, scan.carve(bump)); });
 }
 
 }   // namespace door

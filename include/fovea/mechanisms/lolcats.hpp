@@ -9,6 +9,7 @@
 // pass, and the keys that leave the window meanwhile are weighed one by one, as window or as linear part, whichever they
 // are for that token. So the state is read and written once per block, not once per token.
 #pragma once
+#include "../call/in_memory.hpp"
 #include "../call/recurrent_call.hpp"
 #include "../engine/parts/feature_maps.hpp"
 #include "../simd/numbers.hpp"
@@ -500,11 +501,9 @@ inline std::size_t lolcats_workspace_bytes(const Operand& q, const Operand& k, c
                                            const LolcatsOptions<float>& lolcats,
                                            const RecurrentOptions<float>& options = {}) {
   const door::RecurrentShape shape = door::recurrent_shape(q, k, v, options);
-  Bump bump;
-  for (int lane = 0; lane < lolcats_kernel::lanes_of(shape, options); ++lane) {
-    lolcats_kernel::carve(bump, lolcats_kernel::shape_of(shape, lolcats));
-  }
-  return bump.used() + kAlignment;
+  Bump lane;
+  lolcats_kernel::carve(lane, lolcats_kernel::shape_of(shape, lolcats));
+  return lane.used() * static_cast<std::size_t>(lolcats_kernel::lanes_of(shape, options)) + kAlignment;
 }
 
 // q [batch, q_head, pos, dim_k], k and v [batch, kv_head, pos, ..], out [batch, head, pos, dim_v]. States are those of the
@@ -537,24 +536,16 @@ inline Status lolcats(const Operand& q_in, const Operand& k_in, const Operand& v
   if (Status s = door::check_states(states, options, memory); !s.ok()) return s;
   if (Status s = memory.check_apart(); !s.ok()) return s;
 
-  const std::size_t wanted = lolcats_workspace_bytes(q, k, v, lolcats, options);
   const Call call{q, k, v, out, lolcats, options, shape, shape_of(shape, lolcats)};
-  const auto run_in = [&](std::span<std::byte> workspace) -> Status {
-    if (Status s = door::check_workspace(workspace, wanted); !s.ok()) return s;
-    std::byte* const base = aligned(workspace).data();
-    Bump one_lane;
-    carve(one_lane, call.shape);
-    const std::size_t slice = one_lane.used();
-    deal(options.executor, lanes_of(shape, options), shape.sequences * shape.out_heads, [&](int lane, index_t task) {
-      Bump bump(base + static_cast<std::size_t>(lane) * slice);
-      const LolcatsMemory lane_memory = carve(bump, call.shape);
-      HeadRun(call, task / shape.out_heads, task % shape.out_heads, lane_memory).run();
-    });
-    return {};
+  Bump one_lane;
+  carve(one_lane, call.shape);
+  const auto run_head = [&](Bump bump, index_t task) {
+    const LolcatsMemory lane_memory = carve(bump, call.shape);
+    HeadRun(call, task / shape.out_heads, task % shape.out_heads, lane_memory).run();
   };
-  if (!options.workspace.empty()) return run_in(options.workspace);
-  struct Local : door::LocalBytes {};
-  return door::with_memory<Local>([&](Local& local) { return run_in(local.workspace(wanted)); });
+  const index_t heads = shape.sequences * shape.out_heads;
+  return door::deal_in_memory<door::LocalBytes>(options.executor, lanes_of(shape, options), heads, options.workspace,
+                                                one_lane.used(), run_head);
 }
 
 }   // namespace FOVEA_ARCH

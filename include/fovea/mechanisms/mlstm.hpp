@@ -6,6 +6,7 @@
 // key sum n.
 #pragma once
 #include "../call/chunk_call.hpp"
+#include "../call/in_memory.hpp"
 #include "../engine/parts/decays.hpp"
 #include "../engine/parts/readouts.hpp"
 #include "../engine/parts/updates.hpp"
@@ -82,9 +83,7 @@ inline Status mlstm(const Operand& q, const Operand& k, const Operand& v, const 
   const std::size_t own = count.used();
   using Spec = ChunkSpec<GateDecay<Decayed::token>, GainedAdditive, Inclusive, Stabilized>;
   const std::size_t wanted = own + door::recurrent_workspace_bytes<Spec>(run, options) + kAlignment;
-  const auto execute = [&](std::span<std::byte> workspace) -> Status {
-    if (Status s = door::check_workspace(workspace, wanted); !s.ok()) return s;
-    const std::span<std::byte> bytes = aligned(workspace);
+  return door::in_memory<door::LocalBytes>(options.workspace, wanted, [&](std::span<std::byte> bytes) -> Status {
     Bump bump(bytes.data());
     const door::MlstmGates gates = door::carve_mlstm(bump, shape);
     door::fill_mlstm(gates, run, parameters);
@@ -103,9 +102,7 @@ inline Status mlstm(const Operand& q, const Operand& k, const Operand& v, const 
       for (index_t h = 0; h < shape.state_heads; ++h) parameters.final_m(n, h) = gates.m[n * shape.state_heads + h];
     }
     return {};
-  };
-  if (!options.workspace.empty()) return execute(options.workspace);
-  return door::with_memory<door::LocalBytes>([&](door::LocalBytes& local) { return execute(local.workspace(wanted)); });
+  });
 }
 
 }   // namespace FOVEA_ARCH

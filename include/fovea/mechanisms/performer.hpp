@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "../call/chunk_call.hpp"
+#include "../call/in_memory.hpp"
 #include "../engine/parts/decays.hpp"
 #include "../engine/parts/feature_maps.hpp"
 #include "../engine/parts/readouts.hpp"
@@ -293,9 +294,7 @@ inline Status performer(const Operand& q, const Operand& k, const Operand& v, co
   if (Status s = check(performer, linear, options, shape, dim, checked); !s.ok()) return s;
 
   const std::size_t wanted = performer_workspace_bytes(q, k, v, out, performer, linear, options);
-  const auto execute = [&](std::span<std::byte> workspace) -> Status {
-    if (Status s = door::check_workspace(workspace, wanted); !s.ok()) return s;
-    const std::span<std::byte> bytes = aligned(workspace);
+  return door::in_memory<door::LocalBytes>(options.workspace, wanted, [&](std::span<std::byte> bytes) -> Status {
     Bump bump(bytes.data());
     const Memory memory = carve(bump, shape, features, dim, options.executor.lanes());
     Bound bound = bind(q, k, v, out, memory, features, linear, options);
@@ -304,10 +303,7 @@ inline Status performer(const Operand& q, const Operand& k, const Operand& v, co
     rest.workspace = bytes.subspan(bump.used());
     if (!linear.normalize) return door::run_recurrent(bound.run, UnnormalizedSpec{{}, {}, {}, {}}, rest);
     return door::run_recurrent(bound.run, PerformerSpec{{}, {}, {}, {linear.eps, linear.clamp_denominator, true}}, rest);
-  };
-  if (!options.workspace.empty()) return execute(options.workspace);
-  struct Local : door::LocalBytes {};
-  return door::with_memory<Local>([&](Local& local) { return execute(local.workspace(wanted)); });
+  });
 }
 
 // A random W: blocks of dim orthonormal rows, uniform among all such, the last one cut off, times the rows' lengths. For

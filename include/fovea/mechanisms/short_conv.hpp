@@ -10,6 +10,7 @@
 // numbers where blocks of 512 took 84 to 122 and memcpy 19 to 25 (2048 tokens, a busy machine): a block starts a page for
 // each token.
 #pragma once
+#include "../call/in_memory.hpp"
 #include "../call/recurrent_call.hpp"
 #include "../simd/math.hpp"
 #include "../simd/numbers.hpp"
@@ -180,15 +181,17 @@ inline Status check(const Operand& x, const ShortConvParameters<float>& p, const
   return memory.check_apart();
 }
 
-struct Local : door::LocalBytes {};
+// Of a lane, however wide its tasks are.
+inline std::size_t lane_bytes(index_t channels, index_t width) {
+  Bump bump;
+  carve(bump, std::min(channels, kMostChannels), width);
+  return bump.used();
+}
 
 }   // namespace short_conv_parts
 
 inline std::size_t short_conv_bytes(index_t channels, index_t width, int lanes = 1) {
-  Bump bump;
-  for (int lane = 0; lane < lanes; ++lane)
-    short_conv_parts::carve(bump, std::min(channels, short_conv_parts::kMostChannels), width);
-  return bump.used() + kAlignment;
+  return short_conv_parts::lane_bytes(channels, width) * static_cast<std::size_t>(lanes) + kAlignment;
 }
 
 // x, y [batch, 1, pos, channel] of any plain format, any strides; y may be x. Of the options, cu_len, executor and workspace
@@ -210,23 +213,14 @@ inline Status short_conv(const Operand& x_any, const ShortConvParameters<float>&
   const int lanes = options.executor.lanes();
   const index_t width = parameters.weight.extent[1], most = task_channels(x.extent[3], sequences, lanes);
   const index_t blocks = (x.extent[3] + most - 1) / most;
-  const std::size_t wanted = short_conv_bytes(x.extent[3], width, lanes);
-  const auto run = [&](std::span<std::byte> workspace) -> Status {
-    if (Status s = door::check_workspace(workspace, wanted); !s.ok()) return s;
-    Bump lane_bytes;
-    carve(lane_bytes, most, width);
-    std::byte* const begin = aligned(workspace).data();
-    deal(options.executor, lanes, sequences * blocks, [&](int lane, index_t task) {
-      Bump bump(begin + lane_bytes.used() * static_cast<std::size_t>(lane));
-      const index_t sequence = task / blocks;
-      const ChannelBlock block(x, y, parameters, sequence, door::sequence_run(shape, options.cu_len, sequence),
-                        task % blocks * most, most);
-      block.run(carve(bump, most, width));
-    });
-    return {};
+  const auto run = [&](Bump bump, index_t task) {
+    const index_t sequence = task / blocks;
+    const ChannelBlock block(x, y, parameters, sequence, door::sequence_run(shape, options.cu_len, sequence),
+                             task % blocks * most, most);
+    block.run(carve(bump, most, width));
   };
-  if (!options.workspace.empty()) return run(options.workspace);
-  return door::with_memory<Local>([&](Local& local) { return run(local.workspace(wanted)); });
+  return door::deal_in_memory<door::LocalBytes>(options.executor, lanes, sequences * blocks, options.workspace,
+                                                lane_bytes(x.extent[3], width), run);
 }
 
 }   // namespace FOVEA_ARCH
