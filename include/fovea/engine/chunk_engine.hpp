@@ -43,14 +43,16 @@ class ChunkTask {
     static_assert(!kByKey || !has_gain(), "gains go with factors per token or head");
     place_ = task_place(run_, task);
     group_ = group_size(run_, place_.group);
-    load_states();
+    for (index_t member = 0; member < group_; ++member)
+      load_state(run_, place_, state_head(run_, place_.group, member), state(member, 0), key_sum(member));
     if (run_.read_last) {
       walk(true, false);
       walk(false, true);
     } else {
       walk(true, true);
     }
-    store_states();
+    for (index_t member = 0; member < group_; ++member)
+      store_state(run_, place_, state_head(run_, place_.group, member), state(member, 0), key_sum(member));
   }
 
  private:
@@ -65,46 +67,7 @@ class ChunkTask {
   float* state(index_t member, index_t panel) const {
     return m_.state + (member * place_.panels + panel) * dim_ * kPanel;
   }
-  float* key_sum(index_t member) const { return m_.key_sum + member * dim_; }
-
-  void load_states() {
-    const RecurrentShape& shape = run_.shape;
-    for (index_t member = 0; member < group_; ++member) {
-      const index_t head = state_head(run_, place_.group, member);
-      for (index_t p = 0; p < place_.panels; ++p) {
-        const index_t panel = place_.first_panel + p;
-        if (run_.initial_state) {
-          load_state_panel(state_columns(run_.initial_state, run_.layout, place_.sequence, head, panel * kPanel), shape.dim_k,
-                           panel_columns(run_, panel), dim_, state(member, p));
-        } else {
-          std::fill_n(state(member, p), dim_ * kPanel, 0.f);
-        }
-      }
-      if constexpr (CloseOf::divides) {
-        std::fill_n(key_sum(member), dim_, 0.f);
-        const auto& z = run_.initial_key_sum;
-        for (index_t d = 0; z && d < shape.dim_k; ++d) key_sum(member)[d] = z(place_.sequence, head, d);
-      }
-    }
-  }
-
-  void store_states() {
-    const RecurrentShape& shape = run_.shape;
-    for (index_t member = 0; member < group_; ++member) {
-      const index_t head = state_head(run_, place_.group, member);
-      for (index_t p = 0; run_.final_state && p < place_.panels; ++p) {
-        const index_t panel = place_.first_panel + p;
-        store_state_panel(state(member, p),
-                          state_columns(run_.final_state, run_.layout, place_.sequence, head, panel * kPanel), shape.dim_k,
-                          panel_columns(run_, panel));
-      }
-      if constexpr (CloseOf::divides) {
-        const auto& z = run_.final_key_sum;
-        if (place_.first_panel != 0) continue;
-        for (index_t d = 0; z && d < shape.dim_k; ++d) z(place_.sequence, head, d) = key_sum(member)[d];
-      }
-    }
-  }
+  float* key_sum(index_t member) const { return CloseOf::divides ? m_.key_sum + member * dim_ : nullptr; }
 
   void chunk(index_t begin, index_t count) {
     const RecurrentShape& shape = run_.shape;

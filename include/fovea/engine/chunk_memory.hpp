@@ -158,6 +158,38 @@ inline void store_state_panel(const float* from, const StateColumns<float>& to, 
   }
 }
 
+// What a task works on of one state: its panels [panel, dim_k, kPanel] and its key sum [dim_k], zeros where the call has
+// none; either may be null.
+inline void load_state(const RecurrentRun& run, const TaskPlace& place, index_t head, float* panels, float* key_sum) {
+  const index_t dim = padded_dim_k(run.shape);
+  for (index_t p = 0; panels != nullptr && p < place.panels; ++p, panels += dim * kPanel) {
+    const index_t panel = place.first_panel + p;
+    if (run.initial_state) {
+      load_state_panel(state_columns(run.initial_state, run.layout, place.sequence, head, panel * kPanel), run.shape.dim_k,
+                       panel_columns(run, panel), dim, panels);
+    } else {
+      std::fill_n(panels, dim * kPanel, 0.f);
+    }
+  }
+  if (key_sum == nullptr) return;
+  std::fill_n(key_sum, dim, 0.f);
+  for (index_t d = 0; run.initial_key_sum && d < run.shape.dim_k; ++d)
+    key_sum[d] = run.initial_key_sum(place.sequence, head, d);
+}
+
+// And back, where the call wants it. The key sum is that of the task with the first panel.
+inline void store_state(const RecurrentRun& run, const TaskPlace& place, index_t head, const float* panels,
+                        const float* key_sum) {
+  const index_t dim = padded_dim_k(run.shape);
+  for (index_t p = 0; panels != nullptr && run.final_state && p < place.panels; ++p, panels += dim * kPanel) {
+    const index_t panel = place.first_panel + p;
+    store_state_panel(panels, state_columns(run.final_state, run.layout, place.sequence, head, panel * kPanel),
+                      run.shape.dim_k, panel_columns(run, panel));
+  }
+  if (key_sum == nullptr || !run.final_key_sum || place.first_panel != 0) return;
+  for (index_t d = 0; d < run.shape.dim_k; ++d) run.final_key_sum(place.sequence, head, d) = key_sum[d];
+}
+
 // count numbers, then zeros up to `padded`, a multiple of kLanes.
 FOVEA_INLINE void copy_padded(const float* from, index_t count, index_t padded, f32 scale, float* to) {
   index_t d = 0;

@@ -132,9 +132,12 @@ class StepTask {
     head_ = place_.group;
     first_ = place_.first_panel * kPanel;
     columns_ = std::min(run_.shape.dim_v - first_, place_.panels * kPanel);
-    open();
+    float* const panels = in_place_ ? nullptr : m_.state;
+    float* const key_sum = CloseOf::divides ? m_.key_sum : nullptr;
+    load_state(run_, place_, head_, panels, key_sum);
+    if (in_place_) copy_in_place();
     for (index_t t = place_.tokens.begin; t < place_.tokens.end; ++t) token(t);
-    close();
+    store_state(run_, place_, head_, panels, key_sum);
   }
 
  private:
@@ -143,50 +146,20 @@ class StepTask {
   }
   StateColumns<float> final() const { return state_columns(run_.final_state, run_.layout, place_.sequence, head_, first_); }
 
-  void open() {
+  // The final state as the initial one, unless it is that already.
+  void copy_in_place() {
+    const bool moves = !run_.initial_state || run_.initial_state.data != run_.final_state.data;
+    if (!moves) return;
     const index_t dim_k = run_.shape.dim_k;
-    if constexpr (CloseOf::divides) {
-      std::fill_n(m_.key_sum, dim_, 0.f);
-      for (index_t d = 0; run_.initial_key_sum && d < dim_k; ++d) m_.key_sum[d] = run_.initial_key_sum(place_.sequence, head_, d);
-    }
-    if (in_place_) {
-      const bool moves = !run_.initial_state || run_.initial_state.data != run_.final_state.data;
-      if (!moves) return;
-      const StateColumns<float> to = final();
-      const StateColumns<const float> from = run_.initial_state ? initial() : StateColumns<const float>{};
-      const bool v_first = run_.layout == StateLayout::v_first;
-      const index_t outer = v_first ? columns_ : dim_k, inner = v_first ? dim_k : columns_;
-      for (index_t i = 0; i < outer; ++i) {
-        float* const row = to.data + i * (v_first ? to.v_stride : to.k_stride);
-        const index_t step = v_first ? from.k_stride : from.v_stride;
-        const float* const source = from.data + i * (v_first ? from.v_stride : from.k_stride);
-        for (index_t n = 0; n < inner; ++n) row[n] = from.data == nullptr ? 0.f : source[n * step];
-      }
-      return;
-    }
-    for (index_t p = 0; p < place_.panels; ++p) {
-      const index_t panel = place_.first_panel + p;
-      float* const to = m_.state + p * dim_ * kPanel;
-      if (!run_.initial_state) {
-        std::fill_n(to, dim_ * kPanel, 0.f);
-        continue;
-      }
-      load_state_panel(state_columns(run_.initial_state, run_.layout, place_.sequence, head_, panel * kPanel), dim_k,
-                       panel_columns(run_, panel), dim_, to);
-    }
-  }
-
-  void close() {
-    if constexpr (CloseOf::divides) {
-      if (run_.final_key_sum && place_.first_panel == 0) {
-        for (index_t d = 0; d < run_.shape.dim_k; ++d) run_.final_key_sum(place_.sequence, head_, d) = m_.key_sum[d];
-      }
-    }
-    for (index_t p = 0; !in_place_ && run_.final_state && p < place_.panels; ++p) {
-      const index_t panel = place_.first_panel + p;
-      store_state_panel(m_.state + p * dim_ * kPanel,
-                        state_columns(run_.final_state, run_.layout, place_.sequence, head_, panel * kPanel), run_.shape.dim_k,
-                        panel_columns(run_, panel));
+    const StateColumns<float> to = final();
+    const StateColumns<const float> from = run_.initial_state ? initial() : StateColumns<const float>{};
+    const bool v_first = run_.layout == StateLayout::v_first;
+    const index_t outer = v_first ? columns_ : dim_k, inner = v_first ? dim_k : columns_;
+    for (index_t i = 0; i < outer; ++i) {
+      float* const row = to.data + i * (v_first ? to.v_stride : to.k_stride);
+      const index_t step = v_first ? from.k_stride : from.v_stride;
+      const float* const source = from.data + i * (v_first ? from.v_stride : from.k_stride);
+      for (index_t n = 0; n < inner; ++n) row[n] = from.data == nullptr ? 0.f : source[n * step];
     }
   }
 
