@@ -254,8 +254,7 @@ struct Call {
 };
 
 inline void read_row(const Operand& x, index_t batch, index_t head, index_t pos, float* to, index_t padded_to) {
-  const index_t offset = batch * x.stride[0] + head * x.stride[1] + pos * x.stride[2];
-  read_numbers(x.format, x.data + offset * row_bytes(x.format, 1), x.stride[3], x.extent[3], to);
+  read_numbers(x.format, row_at(x, batch, head, pos), x.stride[3], x.extent[3], to);
   std::fill(to + x.extent[3], to + padded_to, 0.f);
 }
 
@@ -342,8 +341,7 @@ inline void step_head(const Call& call, index_t member, index_t head, const Lane
       add_values(tokens, begin, t + 1, lane.weights + row * tokens.capacity, sum);
       for (index_t j = 0; j < dim_v; j += kLanes) store(lane.out + j, load(sum + j) * f32(call.scale));
       const Result& o = call.out;
-      const index_t offset = run.batch * o.stride[0] + out_head(g) * o.stride[1] + pos * o.stride[2];
-      write_numbers(o.format, lane.out, call.shape.dim_v, o.data + offset * row_bytes(o.format, 1), o.stride[3]);
+      write_numbers(o.format, lane.out, call.shape.dim_v, row_at(o, run.batch, out_head(g), pos), o.stride[3]);
     }
   }
 }

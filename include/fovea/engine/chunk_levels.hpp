@@ -221,7 +221,7 @@ class LevelTask {
       load_rows(run_.q, {}, at_.batch, shared_head(out, shape.out_heads, shape.q_heads, run_.head_map), pos, 1, shape.dim_k,
                 dim_, 1, run_.scale, m_.row, m_.token_q + reader * dim_);
     }
-    const float* const lambda = weights_at(pos);
+    const float* const lambda = row_at(run_.level_weight, at_);
     for (index_t p = 0; p < place_.panels; ++p) {
       load_token_values(pos, p);
       std::fill_n(m_.token_out, readers * kPanel, 0.f);
@@ -241,10 +241,6 @@ class LevelTask {
     }
   }
 
-  const float* weights_at(index_t pos) const {
-    const View<const float, 4>& x = run_.level_weight;
-    return x.data + at_.batch * x.stride[0] + at_.head * x.stride[1] + pos * x.stride[2];
-  }
   std::byte* out_at(index_t head, index_t pos, index_t p) const {
     return row_at(run_.out, at_.batch, head, pos) +
            (place_.first_panel + p) * kPanel * run_.out.stride[3] * row_bytes(run_.out.format, 1);
@@ -376,7 +372,7 @@ class LevelTask {
 
   // lambda by level, and for the pairs of tokens inside one vector by pair. Tokens that do not exist weigh nothing.
   void prepare_level_weights() const {
-    const float* const from = weights_at(at_.begin);
+    const float* const from = row_at(run_.level_weight, at_);
     const index_t by_token = run_.level_weight.stride[2], by_level = run_.level_weight.stride[3];
     const auto copy = [&](index_t l) {
       float* const to = m_.lambda + l * stride_;

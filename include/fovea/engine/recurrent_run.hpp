@@ -102,12 +102,18 @@ struct ChunkPlace {
   index_t sequence, batch, head, begin, count;   // positions [begin, begin + count) of the batch entry
 };
 
-// One row of a tensor as floats, zeros up to `padded`.
+// Where the row of a token starts.
 FOVEA_INLINE const std::byte* row_at(const Operand& x, index_t batch, index_t head, index_t pos) {
   return x.data + (batch * x.stride[0] + head * x.stride[1] + pos * x.stride[2]) * row_bytes(x.format, 1);
 }
 inline std::byte* row_at(const Result& x, index_t batch, index_t head, index_t pos) {
   return x.data + (batch * x.stride[0] + head * x.stride[1] + pos * x.stride[2]) * row_bytes(x.format, 1);
+}
+FOVEA_INLINE const float* row_at(const View<const float, 4>& x, index_t batch, index_t head, index_t pos) {
+  return x.data + batch * x.stride[0] + head * x.stride[1] + pos * x.stride[2];
+}
+FOVEA_INLINE const float* row_at(const View<const float, 4>& x, const ChunkPlace& place) {
+  return row_at(x, place.batch, place.head, place.begin);
 }
 
 // Columns [first, first + count) of one head's state, wherever it lies.

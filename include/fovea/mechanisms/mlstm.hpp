@@ -39,8 +39,8 @@ inline void fill_mlstm(const MlstmGates& gates, const RecurrentRun& run, const M
       float m = parameters.initial_m ? parameters.initial_m(n, h) : 0.f;
       for (index_t t = tokens.begin; t < tokens.end; ++t) {
         const index_t at = (tokens.batch * run.shape.state_heads + h) * run.shape.len + t;
-        const float log_f = log_sigmoid(f.data[tokens.batch * f.stride[0] + h * f.stride[1] + t * f.stride[2]]);
-        const float input = i.data[tokens.batch * i.stride[0] + h * i.stride[1] + t * i.stride[2]], before = m;
+        const float log_f = log_sigmoid(*row_at(f, tokens.batch, h, t));
+        const float input = *row_at(i, tokens.batch, h, t), before = m;
         m = std::max(log_f + before, input);
         gates.forget[at] = std::exp(log_f + before - m);
         gates.input[at] = std::exp(input - m) * run.scale;

@@ -46,13 +46,13 @@ struct GateDecay {
   template <class Ahead>
   FOVEA_INLINE void add_ahead(Ahead& ahead, const ChunkPlace& place, index_t head, index_t next, index_t rows) const {
     if (Kind != Decayed::key || gate.stride[3] != 1 || gate.stride[2] == 0) return;
-    const float* const from = gate.data + place.batch * gate.stride[0] + head * gate.stride[1] + next * gate.stride[2];
+    const float* const from = row_at(gate, place.batch, head, next);
     constexpr index_t kSize = sizeof(float);
     ahead.add(reinterpret_cast<const std::byte*>(from), gate.stride[2] * kSize, rows, dim_k * kSize);
   }
 
   FOVEA_INLINE void alpha(const ChunkPlace& place, float* to, index_t stride) const {
-    const float* from = gate.data + place.batch * gate.stride[0] + place.head * gate.stride[1] + place.begin * gate.stride[2];
+    const float* from = row_at(gate, place);
     if constexpr (Kind == Decayed::token) {
       for (index_t i = 0; i < place.count; ++i) to[i] = from[i * gate.stride[2]];
       if (form == DecayForm::log) exponentials(to, place.count);
@@ -82,7 +82,7 @@ struct StepSizeDecay {
   const float* a;            // [state_head]
 
   FOVEA_INLINE void alpha(const ChunkPlace& place, float* to, index_t) const {
-    const float* from = dt.data + place.batch * dt.stride[0] + place.head * dt.stride[1] + place.begin * dt.stride[2];
+    const float* from = row_at(dt, place);
     for (index_t i = 0; i < place.count; ++i) to[i] = from[i * dt.stride[2]] * a[place.head];
     exponentials(to, place.count);
   }

@@ -56,7 +56,7 @@ struct Stabilized {
   float eps;
 
   FOVEA_INLINE float divisor(const ChunkPlace& place, index_t i, float sum) const {
-    const float floor = least.data[place.batch * least.stride[0] + place.head * least.stride[1] + (place.begin + i) * least.stride[2]];
+    const float floor = *row_at(least, place.batch, place.head, place.begin + i);
     return std::max(std::fabs(sum), floor) + eps;
   }
 };

@@ -19,7 +19,7 @@ struct GainedAdditive {
   View<const float, 4> gains;   // [batch | 1, state_head | 1, pos | 1, 1], shared axes with stride 0
 
   FOVEA_INLINE void gain(const ChunkPlace& place, float* to) const {
-    const float* from = gains.data + place.batch * gains.stride[0] + place.head * gains.stride[1] + place.begin * gains.stride[2];
+    const float* from = row_at(gains, place);
     for (index_t i = 0; i < place.count; ++i) to[i] = from[i * gains.stride[2]];
   }
 };
@@ -30,8 +30,7 @@ struct Delta {
 
   FOVEA_INLINE index_t beta_width() const { return strength.extent[3]; }
   FOVEA_INLINE void beta(const ChunkPlace& place, index_t first, index_t count, float* to, index_t stride) const {
-    const float* from =
-        strength.data + place.batch * strength.stride[0] + place.head * strength.stride[1] + place.begin * strength.stride[2];
+    const float* from = row_at(strength, place);
     for (index_t i = 0; i < place.count; ++i, from += strength.stride[2]) {
       for (index_t n = 0; n < count; ++n) to[i * stride + n] = from[(first + n) * strength.stride[3]];
     }
@@ -50,7 +49,7 @@ struct LowRank {
 
  private:
   static void copy(const View<const float, 4>& x, const ChunkPlace& place, index_t stride, float* to) {
-    const float* from = x.data + place.batch * x.stride[0] + place.head * x.stride[1] + place.begin * x.stride[2];
+    const float* from = row_at(x, place);
     for (index_t i = 0; i < place.count; ++i, from += x.stride[2]) {
       for (index_t d = 0; d < x.extent[3]; ++d) to[i * stride + d] = from[d * x.stride[3]];
     }
@@ -63,8 +62,8 @@ struct RatedRemoval {
   View<const float, 4> kappa, rate;
 
   FOVEA_INLINE void rows(const ChunkPlace& place, const float*, index_t stride, float* a_rows, float* b_rows) const {
-    const float* direction = kappa.data + place.batch * kappa.stride[0] + place.head * kappa.stride[1] + place.begin * kappa.stride[2];
-    const float* much = rate.data + place.batch * rate.stride[0] + place.head * rate.stride[1] + place.begin * rate.stride[2];
+    const float* direction = row_at(kappa, place);
+    const float* much = row_at(rate, place);
     for (index_t i = 0; i < place.count; ++i, direction += kappa.stride[2], much += rate.stride[2]) {
       for (index_t d = 0; d < kappa.extent[3]; ++d) {
         const float x = direction[d * kappa.stride[3]];
