@@ -178,6 +178,7 @@ class ChunkTask {
       spec_.decay.alpha(at_, m_.alpha, dim_);
       for (index_t i = 0; i < at_.count; ++i) std::fill(m_.alpha + i * dim_ + run_.shape.dim_k, m_.alpha + (i + 1) * dim_, 1.f);
       std::fill(m_.alpha + at_.count * dim_, m_.alpha + rows_ * dim_, 1.f);
+      std::fill_n(m_.read_prefix, rows_, run_.scale);
     } else if constexpr (kDecays) {
       spec_.decay.alpha(at_, m_.alpha, 1);
       std::fill(m_.alpha + at_.count, m_.alpha + rows_, 1.f);
@@ -201,11 +202,17 @@ class ChunkTask {
       }
     }
     if constexpr (kDelta) prepare_beta();
+    if constexpr (kLowRank) std::fill_n(m_.beta, rows_, 1.f);
+  }
+
+  bool wide_beta() const {   // a number per value column
+    if constexpr (kDelta) return spec_.update.beta_width() != 1;
+    return false;
   }
 
   // W = -beta (-V + ..): the sums of the solve start from -V, so that no operand needs a sign.
   void prepare_beta() {
-    if (spec_.update.beta_width() == 1) {
+    if (!wide_beta()) {
       spec_.update.beta(at_, 0, 1, m_.beta, 1);
       for (index_t i = 0; i < at_.count; ++i) m_.beta[i] = -m_.beta[i];
       std::fill(m_.beta + at_.count, m_.beta + rows_, 0.f);
@@ -308,7 +315,6 @@ class ChunkTask {
 
   void prepare_queries_by_channel() {
     const float scale = run_.scale;
-    std::fill_n(m_.read_prefix, rows_, scale);
     read_rows<ReadOf::exclusive>(queries_, m_.q_t, m_.q_state);
     channel_scores<ReadOf::exclusive, !ReadOf::exclusive>(queries_, m_.q_t, keys_, m_.k_t, scale, m_.weights);
     if constexpr (kLowRank)
@@ -451,24 +457,10 @@ class ChunkTask {
   }
 
   void transform(index_t member, index_t p) {
-    if constexpr (!kSolves) return;
     if constexpr (kSolves) {
       float* const w = m_.w + p * stride_ * kPanel;
-      const float* beta = m_.beta;
-      index_t beta_stride = 0;
-      if constexpr (kDelta) {
-        if (spec_.update.beta_width() != 1) {
-          beta = m_.beta + p * stride_ * kPanel;
-          beta_stride = kPanel;
-        }
-      } else {
-        static constexpr auto kOnes = [] {
-          std::array<float, 256> ones{};
-          for (float& one : ones) one = 1.f;
-          return ones;
-        }();
-        beta = kOnes.data();
-      }
+      const bool wide = wide_beta();
+      const float* const beta = m_.beta + (wide ? p * stride_ * kPanel : 0);
       with_vectors(p, [&](auto vectors) {
         for (index_t r = 0; r < rows_;) {
           const index_t first = r;
@@ -481,7 +473,7 @@ class ChunkTask {
             if constexpr (kDelta) from = {values(p) + first * values_.stride, values_.stride, -1.f};
             if constexpr (kDelta && kDecays && !kByKey) from.scale_by_row = m_.prefix + first;
             solve_tile<rows.value, vectors.value>(terms, kLowRank ? 3 : 2, from, m_.lower + first * stride_ + first, stride_,
-                                                  beta + (beta_stride == 0 ? first : first * kPanel), beta_stride,
+                                                  beta + first * (wide ? kPanel : 1), wide ? kPanel : 0,
                                                   w + first * kPanel, kPanel);
             worked(rows.value, run_.shape.dim_k + first);
           });

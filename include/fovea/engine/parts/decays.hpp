@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Factors of the state, as the mechanisms get them.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "../../simd/math.hpp"
@@ -27,11 +28,11 @@ struct HeadDecay {
   }
 };
 
-// e^x for numbers in place.
-FOVEA_INLINE void exponentials(float* numbers, index_t count) {
+// to[i] = e^from[i]; `to` may be `from`.
+FOVEA_INLINE void exponentials(const float* from, float* to, index_t count) {
   index_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(numbers + i, exp2_centred(load(numbers + i) * f32(kLog2e)));
-  if (i < count) store_some(numbers + i, exp2_centred(load_some(numbers + i, count - i) * f32(kLog2e)), count - i);
+  for (; i + kLanes <= count; i += kLanes) store(to + i, exp2_centred(load(from + i) * f32(kLog2e)));
+  if (i < count) store_some(to + i, exp2_centred(load_some(from + i, count - i) * f32(kLog2e)), count - i);
 }
 
 // The gate of a call; Kind is token or key.
@@ -55,21 +56,14 @@ struct GateDecay {
     const float* from = row_at(gate, place);
     if constexpr (Kind == Decayed::token) {
       for (index_t i = 0; i < place.count; ++i) to[i] = from[i * gate.stride[2]];
-      if (form == DecayForm::log) exponentials(to, place.count);
+      if (form == DecayForm::log) exponentials(to, to, place.count);
     } else {
       for (index_t i = 0; i < place.count; ++i, from += gate.stride[2]) {
         float* const row = to + i * stride;
-        index_t d = 0;
-        if (gate.stride[3] == 1) {
-          if (form == DecayForm::log) {
-            for (; d + kLanes <= dim_k; d += kLanes) store(row + d, exp2_centred(load(from + d) * f32(kLog2e)));
-            if (d < dim_k) store_some(row + d, exp2_centred(load_some(from + d, dim_k - d) * f32(kLog2e)), dim_k - d);
-            continue;
-          }
-          for (; d + kLanes <= dim_k; d += kLanes) store(row + d, load(from + d));
-        }
-        for (; d < dim_k; ++d) row[d] = from[d * gate.stride[3]];
-        if (gate.stride[3] != 1 && form == DecayForm::log) exponentials(row, dim_k);
+        const bool together = gate.stride[3] == 1;
+        if (together && form == DecayForm::alpha) std::copy_n(from, dim_k, row);
+        for (index_t d = 0; !together && d < dim_k; ++d) row[d] = from[d * gate.stride[3]];
+        if (form == DecayForm::log) exponentials(together ? from : row, row, dim_k);
       }
     }
   }
@@ -84,7 +78,7 @@ struct StepSizeDecay {
   FOVEA_INLINE void alpha(const ChunkPlace& place, float* to, index_t) const {
     const float* from = row_at(dt, place);
     for (index_t i = 0; i < place.count; ++i) to[i] = from[i * dt.stride[2]] * a[place.head];
-    exponentials(to, place.count);
+    exponentials(to, to, place.count);
   }
 };
 
