@@ -32,6 +32,20 @@ Numbers poisoned(OnnxType type, std::vector<std::int64_t> shape) {
   return numbers;
 }
 
+// An operator's problem, changed, is refused in these words, and nothing is written.
+template <class Problem, class F>
+void check_refused(const Problem& sound, const char* words, const F& change, fovea::Code code) {
+  INFO(words);
+  Problem bad = sound;
+  change(bad);
+  for (Numbers* x : {&bad.y, &bad.present}) std::fill(x->bytes.begin(), x->bytes.end(), std::byte{0x5a});
+  const fovea::Status status = bad.run();
+  CHECK(status.code() == code);
+  CHECK_THAT(std::string(status.message()), ContainsSubstring(words));
+  for (const Numbers* x : {&bad.y, &bad.present})
+    CHECK(std::count(x->bytes.begin(), x->bytes.end(), std::byte{0x5a}) == static_cast<std::ptrdiff_t>(x->bytes.size()));
+}
+
 struct Linear {
   fovea::OnnxLinearAttention a;
   index_t batch = 1, len = 1, dim_k = 4, dim_v = 4;
@@ -387,15 +401,7 @@ TEST_CASE("ONNX LinearAttention refuses with the numbers, and writes nothing", "
   const Linear p = made_linear(s, random);   // batch 2, 5 tokens, heads 4 and 2, dims 6 and 7
   REQUIRE(Linear(p).run().ok());
   const auto spoil = [&](const char* words, const auto& change, fovea::Code code = fovea::Code::invalid_argument) {
-    INFO(words);
-    Linear bad = p;
-    change(bad);
-    for (Numbers* x : {&bad.y, &bad.present}) std::fill(x->bytes.begin(), x->bytes.end(), std::byte{0x5a});
-    const fovea::Status status = bad.run();
-    CHECK(status.code() == code);
-    CHECK_THAT(std::string(status.message()), ContainsSubstring(words));
-    for (const Numbers* x : {&bad.y, &bad.present})
-      CHECK(std::count(x->bytes.begin(), x->bytes.end(), std::byte{0x5a}) == static_cast<std::ptrdiff_t>(x->bytes.size()));
+    check_refused(p, words, change, code);
   };
   spoil("query is required", [](Linear& b) { b.q = {}; });
   spoil("value is required", [](Linear& b) { b.v = {}; });
@@ -626,15 +632,7 @@ TEST_CASE("ONNX CausalConvWithState refuses with the numbers, and writes nothing
   test::Random random(30);
   const Conv p = made_conv(OnnxType::f32, 2, 3, 5, 4, true, true, false, random);
   const auto spoil = [&](const char* words, const auto& change, fovea::Code code = fovea::Code::invalid_argument) {
-    INFO(words);
-    Conv bad = p;
-    change(bad);
-    for (Numbers* x : {&bad.y, &bad.present}) std::fill(x->bytes.begin(), x->bytes.end(), std::byte{0x5a});
-    const fovea::Status status = bad.run();
-    CHECK(status.code() == code);
-    CHECK_THAT(std::string(status.message()), ContainsSubstring(words));
-    for (const Numbers* x : {&bad.y, &bad.present})
-      CHECK(std::count(x->bytes.begin(), x->bytes.end(), std::byte{0x5a}) == static_cast<std::ptrdiff_t>(x->bytes.size()));
+    check_refused(p, words, change, code);
   };
   spoil("input is required", [](Conv& b) { b.x = {}; });
   spoil("weight is required", [](Conv& b) { b.weight = {}; });

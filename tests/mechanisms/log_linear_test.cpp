@@ -273,55 +273,25 @@ TEST_CASE("log-linear: lengths and starts around every chunk, in every form") {
 
 // Dims with part of a panel, whole ones and both; levels passed over by one product (small dim_k) and by two.
 TEST_CASE("log-linear: every option with every other", "[grid]") {
-  struct Dims {
-    index_t k, v;
-  };
-  const std::vector<Dims> dims{{4, 3}, {16, 16}, {33, 17}, {1, 1}, {64, 64}, {20, 72}, {100, 7}};
-  const std::vector<Heads> heads{{1, 1, 1}, {2, 2, 2}, {3, 3, 3}, {2, 2, 4}, {1, 1, 3}, {4, 2, 2}, {4, 1, 1}, {4, 4, 2}};
+  const GridRange range{.dims = {{4, 3}, {16, 16}, {33, 17}, {1, 1}, {64, 64}, {20, 72}, {100, 7}},
+                        .lens = {1, 7, 16, 33, 64, 79, 130},
+                        .batches = {1, 1, 2},
+                        .large = 300,
+                        .len_of_large = 40};
   const std::size_t cases = case_limit(60);
   for (std::size_t n = 0; n < cases; ++n) {
     Random random(9000 + n);
     LevelCase level_case{.kind = kKinds[n % 3]};
-    Case c;
-    c.seed = 9500 + n;
-    c.batch = random.pick({1, 1, 2});
-    c.heads = random.pick(heads);
-    c.map = random.pick({HeadMap::blocks, HeadMap::tiled});
-    const Dims dim = random.pick(dims);
-    c.dim_k = dim.k;
-    c.dim_v = dim.v;
-    c.len = random.pick({1, 7, 16, 33, 64, 79, 130});
-    if (c.dim_k * c.dim_v > 300) {
-      c.batch = 1;
-      c.len = std::min<index_t>(c.len, 40);
-    }
-    if (random.one_in(4)) {
-      c.lengths = {random.below(4), 0, c.len, 1, random.below(30)};
-      c.unowned = random.below(3);
-    }
+    Case c = random_case(random, 9500 + n, range, false);
+    // by_level() cuts levels out of the heads, so these have a stride that memory has, and not a negative one.
+    c.state_placement = random.pick({Placement::bhsd, Placement::bshd, Placement::padded, Placement::inner2});
+    c.wide_beta = false;
     for (index_t s = 0; s < c.sequences() && random.one_in(2); ++s) {
       level_case.first.assign(at(c.sequences()), 0);
       for (index_t& first : level_case.first) first = random.pick({0, 1, 31, 48, 64, 96, 1000});
     }
-    c.format = random.pick({Format::f32, Format::f32, Format::bf16, Format::f16, Format::f64});
-    c.out_format = random.pick({Format::f32, Format::f32, Format::bf16, Format::f16, Format::f64});
-    const auto place = [&] {
-      using enum Placement;
-      return random.pick({bhsd, bhsd, bshd, padded, inner2, reversed, wild});
-    };
-    c.placement = place();
-    c.gate_placement = place();
-    c.state_placement = random.pick({Placement::bhsd, Placement::bshd, Placement::padded, Placement::inner2});
-    c.layout = random.pick({StateLayout::k_first, StateLayout::v_first});
-    c.initial = !random.one_in(4);
-    c.gating = random.pick({Gating::mild, Gating::mild, Gating::slow, Gating::resets, Gating::resets, Gating::strong});
-    c.decay_form = random.pick({DecayForm::log, DecayForm::log, DecayForm::alpha});
-    for (bool& shared : c.shared) shared = random.one_in(6);
-    c.betas = random.pick({Betas::unit, Betas::two, Betas::corners});
-    c.wide_skip = random.one_in(2);
     level_case.spare_levels = random.below(3);
     level_case.shared_lambda = random.one_in(3);
-    if (random.one_in(3)) c.scale = random.pick({0.5, -0.75});
     const LevelProblem x(level_case, c);
     const LevelProblem::Expected expected = x.expected();
     const std::vector<How>& forms = level_forms();

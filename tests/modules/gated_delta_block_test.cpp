@@ -1,18 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "fovea/modules/gated_delta_block.hpp"
 
-#include <string>
-
 #include "fovea/reference/gated_delta.hpp"
 #include "recurrent_layer_support.hpp"
 
 namespace {
 
 using namespace test::layer;
-using fovea::ConvState;
 using fovea::GatedDeltaBlock;
-using fovea::RecurrentOptions;
-using fovea::Status;
 
 struct Layer {
   index_t model, k_heads, v_heads, dim_k, dim_v, width;
@@ -36,6 +31,15 @@ struct Layer {
   template <class Real = float>
   States<Real> states(index_t sequences, index_t kept, StateLayout layout = StateLayout::k_first) const {
     return {sequences, v_heads, dim_k, dim_v, channels(), kept, layout};
+  }
+
+  template <class... Arguments>
+  static Status call(Arguments&&... arguments) {
+    return fovea::gated_delta_block(arguments...);
+  }
+  template <class... Arguments>
+  static std::size_t bytes(const Arguments&... arguments) {
+    return fovea::gated_delta_block_bytes(arguments...);
   }
 
   // The recipe, for tokens [cu[n], cu[n + 1]) of sequence n.
@@ -78,27 +82,6 @@ struct Layer {
   }
 };
 
-// One call on tokens of sequences that lie one after the other; states are updated in place.
-Status step(const Layer& layer, const std::vector<float>& x, const std::vector<index_t>& cu, States<float>& states,
-            std::vector<float>& y, RecurrentOptions<float> options = {}) {
-  const index_t count = static_cast<index_t>(x.size()) / layer.model;
-  y.assign(x.size(), test::canary());
-  options.layout = states.layout;
-  options.initial_state = options.final_state = states.state_view();
-  options.cu_len = cu;
-  test::PoisonedBytes workspace(
-      fovea::gated_delta_block_bytes(layer.block, count, states.sequences, options.executor.lanes()), 7);
-  const Status status = fovea::gated_delta_block(
-      layer.block, fovea::bhsd<const float>(x.data(), 1, 1, count, layer.model), {states.conv_view(), states.conv_view()},
-      fovea::bhsd(y.data(), 1, 1, count, layer.model), options, workspace.bytes());
-  CHECK(workspace.guards_intact());
-  return status;
-}
-
-std::vector<float> part(const std::vector<float>& x, index_t model, index_t begin, index_t end) {
-  return {x.begin() + begin * model, x.begin() + end * model};
-}
-
 }   // namespace
 
 TEST_CASE("a Gated DeltaNet layer is the recipe in double: ragged, from states, both layouts", "[recurrent][modules]") {
@@ -111,69 +94,23 @@ TEST_CASE("a Gated DeltaNet layer is the recipe in double: ragged, from states, 
       Layer layer(s.model, s.k_heads, s.v_heads, s.dim_k, s.dim_v, s.width);
       layer.block.negative_eigenvalues = negative;
       for (const StateLayout layout : {StateLayout::k_first, StateLayout::v_first}) {
-        const std::vector<index_t> cu = cumulative({5, 0, 1, 13});
-        const std::vector<float> x = tokens(cu.back(), s.model, 2);
-        States<float> states = layer.states(4, negative ? s.width : std::max<index_t>(s.width - 1, 1), layout);
-        states.randomise(3);
-        States<double> exact(states);
-        std::vector<float> y;
-        const Status status = step(layer, x, cu, states, y);
-        INFO(status.message());
-        REQUIRE(status.ok());
-        const Table wanted = layer.recipe(table_of(x, s.model), cu, exact);
         CAPTURE(s.model, negative, static_cast<int>(layout));
-        CHECK(distance(y, wanted.data) < kClose);
-        CHECK(distance(states.s, exact.s) < kClose);
-        CHECK(distance(states.conv, exact.conv) < kClose);
+        check_recipe(layer, negative ? s.width : std::max<index_t>(s.width - 1, 1), layout);
       }
     }
   }
 }
 
 TEST_CASE("a Gated DeltaNet layer: prefill in parts and by tokens is the prefill in one", "[recurrent][modules]") {
-  const Layer layer(24, 2, 4, 8, 12);
-  const index_t len = 37;
-  const std::vector<float> x = tokens(len, layer.model, 4);
-  States<float> whole_states = layer.states(1, 3);
-  std::vector<float> whole;
-  REQUIRE(step(layer, x, {0, len}, whole_states, whole).ok());
-  for (const std::vector<index_t>& cuts :
-       {std::vector<index_t>{len - 1, len}, {1, len}, {20, len}, {7, 8, 9, 33, len}, {0, 5, 5, len}}) {
-    States<float> states = layer.states(1, 3);
-    std::vector<float> y, here;
-    index_t begin = 0;
-    for (const index_t end : cuts) {
-      REQUIRE(step(layer, part(x, layer.model, begin, end), {0, end - begin}, states, here).ok());
-      y.insert(y.end(), here.begin(), here.end());
-      begin = end;
-    }
-    CHECK(distance(y, whole) < kClose);
-    CHECK(distance(states.s, whole_states.s) < kClose);
-    CHECK(states.conv == whole_states.conv);   // projections do not depend on how many tokens share a call
-  }
+  check_parts(Layer(24, 2, 4, 8, 12));
 }
 
 TEST_CASE("a Gated DeltaNet layer: a batch and a ragged batch are the sequences alone", "[recurrent][modules]") {
   const Layer layer(24, 2, 4, 8, 12);
   const std::vector<float> x = tokens(12, layer.model, 5);
-  States<float> ragged = layer.states(3, 4), batch = layer.states(2, 4);
-  ragged.randomise(6);
-  const States<float> before = ragged;
-  std::vector<float> y;
-  const std::vector<index_t> cu = cumulative({6, 0, 6});
-  REQUIRE(step(layer, x, cu, ragged, y).ok());
-  for (index_t n = 0; n < 3; ++n) {
-    States<float> alone = before.one(n);
-    std::vector<float> own;
-    REQUIRE(step(layer, part(x, layer.model, cu[at(n)], cu[at(n) + 1]), {0, cu[at(n) + 1] - cu[at(n)]}, alone, own).ok());
-    CHECK(distance(part(y, layer.model, cu[at(n)], cu[at(n) + 1]), own) < kClose);
-    CHECK(distance(ragged.one(n).s, alone.s) < kClose);
-    CHECK(ragged.one(n).conv == alone.conv);
-    if (n == 1) {
-      CHECK(alone.s == before.one(1).s);   // no tokens: handed on
-      CHECK(alone.conv == before.one(1).conv);
-    }
-  }
+  States<float> before = layer.states(3, 4), batch = layer.states(2, 4);
+  before.randomise(6);
+  const std::vector<float> y = check_members(layer, x, before);
 
   // [batch, 1, pos, model] without cumulative lengths, sequences interleaved in memory; y as bf16, and in x's place.
   std::vector<float> interleaved(x.size());
@@ -213,17 +150,7 @@ TEST_CASE("a Gated DeltaNet layer: a batch and a ragged batch are the sequences 
 }
 
 TEST_CASE("a Gated DeltaNet layer has the same bits on one lane and on three", "[recurrent][modules][bits]") {
-  const Layer layer(24, 2, 4, 8, 12);
-  const std::vector<index_t> cu = cumulative({19, 1, 0, 40});
-  const std::vector<float> x = tokens(cu.back(), layer.model, 7);
-  States<float> one = layer.states(4, 3), three = layer.states(4, 3);
-  std::vector<float> y_one, y_three;
-  REQUIRE(step(layer, x, cu, one, y_one).ok());
-  test::ThreadPerLane pool;
-  REQUIRE(step(layer, x, cu, three, y_three, {.executor = fovea::Executor(pool, 3)}).ok());
-  CHECK(y_one == y_three);
-  CHECK(one.s == three.s);
-  CHECK(one.conv == three.conv);
+  check_lanes(Layer(24, 2, 4, 8, 12));
 }
 
 TEST_CASE("tokens behind the last sequence of a ragged batch are left alone", "[recurrent][modules]") {
@@ -239,55 +166,22 @@ TEST_CASE("tokens behind the last sequence of a ragged batch are left alone", "[
 }
 
 TEST_CASE("a Gated DeltaNet layer that is refused leaves y and its states alone", "[recurrent][modules][errors]") {
-  using Catch::Matchers::ContainsSubstring;
-  const Layer sound(24, 2, 4, 8, 12);
-  const std::vector<float> x = tokens(3, sound.model, 9);
-  States<float> states = sound.states(1, 3);
-  states.randomise(10);
-  const States<float> before = states;
-  std::vector<float> y(x.size(), test::canary());
-  const auto refused = [&](const auto& change) {
-    GatedDeltaBlock block = sound.block;
-    Operand in = fovea::bhsd<const float>(x.data(), 1, 1, 3, sound.model);
-    fovea::Result out = fovea::bhsd(y.data(), 1, 1, 3, sound.model);
-    ConvState conv{states.conv_view(), states.conv_view()};
-    RecurrentOptions<float> options;
-    options.initial_state = options.final_state = states.state_view();
-    std::vector<std::byte> workspace(fovea::gated_delta_block_bytes(block, 3));
-    change(block, in, out, conv, options, workspace);
-    const Status status = fovea::gated_delta_block(block, in, conv, out, options, workspace);
-    CHECK(!status.ok());
-    for (const float number : y) CHECK(test::is_canary(number));
-    CHECK(states.s == before.s);
-    CHECK(states.conv == before.conv);
-    return std::string(status.message());
+  const auto check = [](const auto& change, const char* words) {
+    CHECK_THAT(refused(Layer(24, 2, 4, 8, 12), change), Catch::Matchers::ContainsSubstring(words));
   };
-  using Bytes = std::vector<std::byte>;
-  CHECK_THAT(refused([](auto& block, auto&, auto&, auto&, auto&, Bytes&) { block.k_heads = 3; }),
-             ContainsSubstring("3 key heads of 8, 4 value heads"));
-  CHECK_THAT(refused([](auto& block, auto&, auto&, auto&, auto&, Bytes&) { block.weights.in_qkvz.extent[2] = 127; }),
-             ContainsSubstring("in_qkvz is [1, 1, 127, 24], must be [1, 1, 128, 24]"));
-  CHECK_THAT(refused([](auto& block, auto&, auto&, auto&, auto&, Bytes&) { block.weights.conv = {}; }),
-             ContainsSubstring("conv is [0, 0, 0, 0] without data"));
-  CHECK_THAT(refused([](auto& block, auto&, auto&, auto&, auto&, Bytes&) { block.weights.out.format = fovea::Format::f64; }),
-             ContainsSubstring("out is f64"));
-  CHECK_THAT(refused([](auto&, auto& in, auto&, auto&, auto&, Bytes&) { in.extent[3] = 23; }),
-             ContainsSubstring("x is [1, 1, 3, 23], must be [batch, 1, pos, 24]"));
-  CHECK_THAT(refused([](auto&, auto&, auto& out, auto&, auto&, Bytes&) { out.extent[2] = 2; }),
-             ContainsSubstring("y is [1, 1, 2, 24]"));
-  CHECK_THAT(refused([](auto&, auto&, auto&, auto& conv, auto&, Bytes&) { conv.final.extent[2] = 5; }),
-             ContainsSubstring("conv.final keeps 5 inputs, must be 3 or 4"));
-  CHECK_THAT(refused([](auto&, auto&, auto&, auto& conv, auto&, Bytes&) { conv.initial.extent[1] = 5; }),
-             ContainsSubstring("conv.initial has extent 5 on axis 1"));
-  CHECK_THAT(refused([](auto&, auto&, auto&, auto&, auto& options, Bytes&) { options.final_state.extent[1] = 2; }),
-             ContainsSubstring("final_state has extent 2 on axis 1, must be 4"));
-  CHECK_THAT(refused([](auto&, auto&, auto&, auto&, auto& options, Bytes&) { options.head_map = fovea::HeadMap::tiled; }),
-             ContainsSubstring("head_map is blocks"));
-  CHECK_THAT(refused([](auto&, auto&, auto&, auto&, auto&, Bytes& bytes) { bytes.resize(100); }),
-             ContainsSubstring("workspace has 100 bytes"));
-  Bytes small(64);   // found out by the recurrence, when the convolution has run
-  CHECK_THAT(refused([&](auto&, auto&, auto&, auto&, auto& options, Bytes&) { options.workspace = small; }),
-             ContainsSubstring("workspace has 64 bytes"));
-  const auto over_y = [&](auto&, auto&, auto&, auto&, auto& options, Bytes&) { options.final_state.data = y.data(); };
-  CHECK_THAT(refused(over_y), ContainsSubstring("overlaps"));
+  check([](auto& call) { call.block.k_heads = 3; }, "3 key heads of 8, 4 value heads");
+  check([](auto& call) { call.block.weights.in_qkvz.extent[2] = 127; },
+        "in_qkvz is [1, 1, 127, 24], must be [1, 1, 128, 24]");
+  check([](auto& call) { call.block.weights.conv = {}; }, "conv is [0, 0, 0, 0] without data");
+  check([](auto& call) { call.block.weights.out.format = fovea::Format::f64; }, "out is f64");
+  check([](auto& call) { call.x.extent[3] = 23; }, "x is [1, 1, 3, 23], must be [batch, 1, pos, 24]");
+  check([](auto& call) { call.y.extent[2] = 2; }, "y is [1, 1, 2, 24]");
+  check([](auto& call) { call.conv.final.extent[2] = 5; }, "conv.final keeps 5 inputs, must be 3 or 4");
+  check([](auto& call) { call.conv.initial.extent[1] = 5; }, "conv.initial has extent 5 on axis 1");
+  check([](auto& call) { call.options.final_state.extent[1] = 2; }, "final_state has extent 2 on axis 1, must be 4");
+  check([](auto& call) { call.options.head_map = fovea::HeadMap::tiled; }, "head_map is blocks");
+  check([](auto& call) { call.workspace.resize(100); }, "workspace has 100 bytes");
+  std::vector<std::byte> small(64);   // found out by the recurrence, when the convolution has run
+  check([&](auto& call) { call.options.workspace = small; }, "workspace has 64 bytes");
+  check([](auto& call) { call.options.final_state.data = reinterpret_cast<float*>(call.y.data); }, "overlaps");
 }

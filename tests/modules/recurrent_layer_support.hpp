@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "catch_compat.hpp"
@@ -17,9 +18,13 @@
 
 namespace test::layer {
 
+using fovea::ConvState;
 using fovea::index_t;
 using fovea::Operand;
+using fovea::RecurrentOptions;
+using fovea::Result;
 using fovea::StateLayout;
+using fovea::Status;
 using fovea::Tensor;
 using fovea::View;
 
@@ -172,6 +177,145 @@ inline std::vector<index_t> cumulative(const std::vector<index_t>& lengths) {
   std::vector<index_t> cu{0};
   for (const index_t len : lengths) cu.push_back(cu.back() + len);
   return cu;
+}
+
+inline std::vector<float> part(const std::vector<float>& x, index_t model, index_t begin, index_t end) {
+  return {x.begin() + begin * model, x.begin() + end * model};
+}
+
+// A Layer below has block, its Block; states(sequences, kept, layout); recipe(x, cu, states); and call(...) and bytes(...),
+// the module's functions.
+
+// One call on tokens of sequences that lie one after the other; states are updated in place.
+template <class Layer>
+Status step(const Layer& layer, const std::vector<float>& x, const std::vector<index_t>& cu, States<float>& states,
+            std::vector<float>& y, RecurrentOptions<float> options = {}) {
+  const index_t model = layer.block.model, count = static_cast<index_t>(x.size()) / model;
+  y.assign(x.size(), test::canary());
+  options.layout = states.layout;
+  options.initial_state = options.final_state = states.state_view();
+  options.cu_len = cu;
+  test::PoisonedBytes workspace(Layer::bytes(layer.block, count, states.sequences, options.executor.lanes()), 7);
+  const Status status = Layer::call(layer.block, fovea::bhsd<const float>(x.data(), 1, 1, count, model),
+                                    ConvState{states.conv_view(), states.conv_view()},
+                                    fovea::bhsd(y.data(), 1, 1, count, model), options, workspace.bytes());
+  CHECK(workspace.guards_intact());
+  return status;
+}
+
+// A ragged call from random states against the recipe in double.
+template <class Layer>
+void check_recipe(const Layer& layer, index_t kept, StateLayout layout) {
+  const std::vector<index_t> cu = cumulative({5, 0, 1, 13});
+  const std::vector<float> x = tokens(cu.back(), layer.block.model, 2);
+  States<float> states = layer.states(4, kept, layout);
+  states.randomise(3);
+  States<double> exact(states);
+  std::vector<float> y;
+  const Status status = step(layer, x, cu, states, y);
+  INFO(status.message());
+  REQUIRE(status.ok());
+  const Table wanted = layer.recipe(table_of(x, layer.block.model), cu, exact);
+  CHECK(distance(y, wanted.data) < kClose);
+  CHECK(distance(states.s, exact.s) < kClose);
+  CHECK(distance(states.conv, exact.conv) < kClose);
+}
+
+// Prefill in parts and by tokens is the prefill in one.
+template <class Layer>
+void check_parts(const Layer& layer) {
+  const index_t len = 37, model = layer.block.model;
+  const std::vector<float> x = tokens(len, model, 4);
+  States<float> whole_states = layer.states(1, 3);
+  std::vector<float> whole;
+  REQUIRE(step(layer, x, {0, len}, whole_states, whole).ok());
+  for (const std::vector<index_t>& cuts :
+       {std::vector<index_t>{len - 1, len}, {1, len}, {20, len}, {7, 8, 9, 33, len}, {0, 5, 5, len}}) {
+    States<float> states = layer.states(1, 3);
+    std::vector<float> y, here;
+    index_t begin = 0;
+    for (const index_t end : cuts) {
+      REQUIRE(step(layer, part(x, model, begin, end), {0, end - begin}, states, here).ok());
+      y.insert(y.end(), here.begin(), here.end());
+      begin = end;
+    }
+    CHECK(distance(y, whole) < kClose);
+    CHECK(distance(states.s, whole_states.s) < kClose);
+    CHECK(states.conv == whole_states.conv);   // projections do not depend on how many tokens share a call
+  }
+}
+
+// The members of a ragged call, 6, 0 and 6 tokens of x from `before`, are the sequences alone. Returns its y.
+template <class Layer>
+std::vector<float> check_members(const Layer& layer, const std::vector<float>& x, const States<float>& before) {
+  const index_t model = layer.block.model;
+  const std::vector<index_t> cu = cumulative({6, 0, 6});
+  States<float> ragged = before;
+  std::vector<float> y;
+  REQUIRE(step(layer, x, cu, ragged, y).ok());
+  for (index_t n = 0; n < 3; ++n) {
+    const index_t begin = cu[at(n)], end = cu[at(n) + 1];
+    States<float> alone = before.one(n);
+    std::vector<float> own;
+    REQUIRE(step(layer, part(x, model, begin, end), {0, end - begin}, alone, own).ok());
+    CHECK(distance(part(y, model, begin, end), own) < kClose);
+    CHECK(distance(ragged.one(n).s, alone.s) < kClose);
+    CHECK(ragged.one(n).conv == alone.conv);
+  }
+  CHECK(ragged.one(1).s == before.one(1).s);   // no tokens: handed on
+  CHECK(ragged.one(1).conv == before.one(1).conv);
+  return y;
+}
+
+// One lane and three: the same bits.
+template <class Layer>
+void check_lanes(const Layer& layer) {
+  const std::vector<index_t> cu = cumulative({19, 1, 0, 40});
+  const std::vector<float> x = tokens(cu.back(), layer.block.model, 7);
+  States<float> one = layer.states(4, 3), three = layer.states(4, 3);
+  std::vector<float> y_one, y_three;
+  REQUIRE(step(layer, x, cu, one, y_one).ok());
+  test::ThreadPerLane pool;
+  REQUIRE(step(layer, x, cu, three, y_three, {.executor = fovea::Executor(pool, 3)}).ok());
+  CHECK(y_one == y_three);
+  CHECK(one.s == three.s);
+  CHECK(one.conv == three.conv);
+}
+
+// What a test of refusals may change.
+template <class Block>
+struct LayerCall {
+  Block block;
+  Operand x;
+  Result y;
+  ConvState conv;
+  RecurrentOptions<float> options;
+  std::vector<std::byte> workspace;
+};
+
+// The words in which a call on 3 tokens, changed, is refused; y and the states are left alone.
+template <class Layer, class F>
+std::string refused(const Layer& sound, const F& change) {
+  const index_t model = sound.block.model;
+  const std::vector<float> x = tokens(3, model, 9);
+  States<float> states = sound.states(1, 3);
+  states.randomise(10);
+  const States<float> before = states;
+  std::vector<float> y(x.size(), test::canary());
+  LayerCall<decltype(sound.block)> call{sound.block,
+                                        fovea::bhsd<const float>(x.data(), 1, 1, 3, model),
+                                        fovea::bhsd(y.data(), 1, 1, 3, model),
+                                        {states.conv_view(), states.conv_view()},
+                                        {},
+                                        std::vector<std::byte>(Layer::bytes(sound.block, 3))};
+  call.options.initial_state = call.options.final_state = states.state_view();
+  change(call);
+  const Status status = Layer::call(call.block, call.x, call.conv, call.y, call.options, call.workspace);
+  CHECK(!status.ok());
+  for (const float number : y) CHECK(test::is_canary(number));
+  CHECK(states.s == before.s);
+  CHECK(states.conv == before.conv);
+  return std::string(status.message());
 }
 
 }   // namespace test::layer

@@ -727,54 +727,69 @@ inline void check_lengths(const Mechanism& mechanism) {
   }
 }
 
-// Every axis of a case at random, each value with every other sooner or later.
-inline void check_grid(const Mechanism& mechanism, std::size_t most = 90) {
+// What the sizes of random cases are drawn from.
+struct GridRange {
   struct Dims {
     index_t k, v;
   };
-  const std::vector<Dims> dims{{4, 3}, {4, 3}, {16, 16}, {16, 16}, {33, 17}, {33, 17}, {1, 1}, {64, 64}, {40, 72}};
+  std::vector<Dims> dims;
+  std::vector<index_t> lens, batches;
+  index_t large, len_of_large;   // states of more cells: one batch entry, and so many tokens at most
+};
+
+// Every axis of a case at random. positive: so is the scale.
+inline Case random_case(Random& random, std::uint64_t seed, const GridRange& range, bool positive) {
   const std::vector<Heads> heads{{1, 1, 1}, {2, 2, 2}, {3, 3, 3}, {2, 2, 4}, {1, 1, 3}, {4, 2, 2}, {4, 1, 1}, {4, 4, 2}};
-  const std::vector<index_t> lens{1, 2, 7, 15, 16, 17, 31, 33, 45, 63, 64, 65, 79, 103, 130};
+  Case c;
+  c.seed = seed;
+  c.batch = random.pick(range.batches);
+  c.heads = random.pick(heads);
+  c.map = random.pick({HeadMap::blocks, HeadMap::tiled});
+  const GridRange::Dims dim = random.pick(range.dims);
+  c.dim_k = dim.k;
+  c.dim_v = dim.v;
+  c.len = random.pick(range.lens);
+  if (c.dim_k * c.dim_v > range.large) {   // the reference does 10^8 cells a second
+    c.batch = 1;
+    c.len = std::min(c.len, range.len_of_large);
+  }
+  if (random.one_in(4)) {
+    c.lengths = {random.below(4), 0, c.len, 1, random.below(30)};
+    c.unowned = random.below(3);
+  }
+  c.format = random.pick({Format::f32, Format::f32, Format::bf16, Format::f16, Format::f64});
+  c.out_format = random.pick({Format::f32, Format::f32, Format::bf16, Format::f16, Format::f64});
+  const auto place = [&] {
+    using enum Placement;
+    return random.pick({bhsd, bhsd, bshd, padded, inner2, reversed, wild});
+  };
+  c.placement = place();
+  c.gate_placement = place();
+  c.state_placement = place();
+  c.layout = random.pick({StateLayout::k_first, StateLayout::v_first});
+  c.initial = !random.one_in(4);
+  c.gating = random.pick({Gating::mild, Gating::mild, Gating::slow, Gating::resets, Gating::resets, Gating::strong});
+  c.decay_form = random.pick({DecayForm::log, DecayForm::log, DecayForm::alpha});
+  for (bool& shared : c.shared) shared = random.one_in(6);
+  c.betas = random.pick({Betas::unit, Betas::two, Betas::corners});
+  c.wide_beta = random.one_in(3);
+  c.wide_skip = random.one_in(2);
+  if (random.one_in(3)) c.scale = random.pick({1., 0.5, positive ? 0.75 : -0.75});   // sums to divide by stay above 0
+  return c;
+}
+
+// Random cases: each value with every other sooner or later.
+inline void check_grid(const Mechanism& mechanism, std::size_t most = 90) {
+  const GridRange range{.dims = {{4, 3}, {4, 3}, {16, 16}, {16, 16}, {33, 17}, {33, 17}, {1, 1}, {64, 64}, {40, 72}},
+                        .lens = {1, 2, 7, 15, 16, 17, 31, 33, 45, 63, 64, 65, 79, 103, 130},
+                        .batches = {1, 1, 2, 3},
+                        .large = 2000,
+                        .len_of_large = 79};
   const std::vector<How> forms = all_forms();
   const std::size_t cases = case_limit(most);
   for (std::size_t n = 0; n < cases; ++n) {
     Random random(7000 + n);
-    Case c;
-    c.seed = 8000 + n;
-    c.batch = random.pick({1, 1, 2, 3});
-    c.heads = random.pick(heads);
-    c.map = random.pick({HeadMap::blocks, HeadMap::tiled});
-    const Dims dim = random.pick(dims);
-    c.dim_k = dim.k;
-    c.dim_v = dim.v;
-    c.len = random.pick(lens);
-    if (c.dim_k * c.dim_v > 2000) {   // the reference does 10^8 cells a second
-      c.batch = 1;
-      c.len = std::min<index_t>(c.len, 79);
-    }
-    if (random.one_in(4)) {
-      c.lengths = {random.below(4), 0, c.len, 1, random.below(30)};
-      c.unowned = random.below(3);
-    }
-    c.format = random.pick({Format::f32, Format::f32, Format::bf16, Format::f16, Format::f64});
-    c.out_format = random.pick({Format::f32, Format::f32, Format::bf16, Format::f16, Format::f64});
-    const auto place = [&] {
-      using enum Placement;
-      return random.pick({bhsd, bhsd, bshd, padded, inner2, reversed, wild});
-    };
-    c.placement = place();
-    c.gate_placement = place();
-    c.state_placement = place();
-    c.layout = random.pick({StateLayout::k_first, StateLayout::v_first});
-    c.initial = !random.one_in(4);
-    c.gating = random.pick({Gating::mild, Gating::mild, Gating::slow, Gating::resets, Gating::resets, Gating::strong});
-    c.decay_form = random.pick({DecayForm::log, DecayForm::log, DecayForm::alpha});
-    for (bool& shared : c.shared) shared = random.one_in(6);
-    c.betas = random.pick({Betas::unit, Betas::two, Betas::corners});
-    c.wide_beta = random.one_in(3);
-    c.wide_skip = random.one_in(2);
-    if (random.one_in(3))
-      c.scale = random.pick({1., 0.5, mechanism.positive ? 0.75 : -0.75});   // sums to divide by stay above 0
+    const Case c = random_case(random, 8000 + n, range, mechanism.positive);
     const Problem problem(mechanism, c);
     const Expected expected = problem.expected(mechanism);
     const std::size_t first = at(random.below(static_cast<index_t>(forms.size())));
