@@ -11,7 +11,7 @@
 #include <concepts>
 
 #include "../../core/view.hpp"
-#include "../../simd/math.hpp"
+#include "../../simd/lookup.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -40,7 +40,6 @@ FOVEA_INLINE void each(const float* from, index_t count, float* to, const F& f) 
   for (index_t i = 0; i < count; i += kLanes) store_part(to + i, f(load_part(from + i, count - i)), count - i);
 }
 
-FOVEA_INLINE f32 natural_exp(f32 x) { return exp2(x * f32(kLog2e)); }
 FOVEA_INLINE f32 at_least(f32 x, float low) { return select(x < f32(low), f32(low), x); }   // NaN stays NaN
 
 FOVEA_INLINE float sum(const float* x, index_t count) {
@@ -78,7 +77,7 @@ inline Extremes extremes(const float* x, index_t count) {
 inline float exponentials(const float* from, index_t count, float factor, float offset, float* to) {
   f32 total(0.f);
   for (index_t i = 0; i < count; i += kLanes) {
-    const f32 x = natural_exp(fma(load_part(from + i, count - i), f32(factor), f32(offset)));
+    const f32 x = exp(fma(load_part(from + i, count - i), f32(factor), f32(offset)));
     store_part(to + i, x, count - i);
     total = total + first_part(x, count - i);
   }
@@ -186,7 +185,7 @@ struct EluMap {
 
   index_t features(index_t) const { return dim; }
   void operator()(index_t, index_t, const float* row, float* to) const {
-    feature_rows::each(row, dim, to, [](f32 x) { return select(x > f32(0.f), x + f32(1.f), feature_rows::natural_exp(x)); });
+    feature_rows::each(row, dim, to, [](f32 x) { return select(x > f32(0.f), x + f32(1.f), exp(x)); });
   }
 };
 
@@ -210,7 +209,7 @@ struct ExponentialMap {
     const feature_rows::Extremes ends = feature_rows::extremes(row, dim);
     const auto half = [&](float factor, float offset, float* at) {
       feature_rows::each(row, dim, at, [&](f32 x) {
-        return feature_rows::at_least(feature_rows::natural_exp(fma(x, f32(factor), f32(offset))), 1e-12f);
+        return feature_rows::at_least(exp(fma(x, f32(factor), f32(offset))), 1e-12f);
       });
     };
     half(1.f, -ends.high, to);
@@ -406,7 +405,7 @@ FOVEA_INLINE float inverse_fourth_root(index_t dim) { return 1.f / std::sqrt(std
 inline void close_row(float* projected, index_t count, float scale, float norm, float stabiliser, float eps) {
   const float root = 1.f / std::sqrt(static_cast<float>(count));
   feature_rows::each(projected, count, projected, [&](f32 p) {
-    return (feature_rows::natural_exp(fma(p, f32(scale), f32(-stabiliser)) - f32(norm)) + f32(eps)) * f32(root);
+    return (exp(fma(p, f32(scale), f32(-stabiliser)) - f32(norm)) + f32(eps)) * f32(root);
   });
 }
 
