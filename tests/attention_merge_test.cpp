@@ -19,7 +19,7 @@ void join(Result& a, const Result& b) {
   REQUIRE(status.ok());
 }
 
-}  // namespace
+}   // namespace
 
 TEST_CASE("merged parts = the whole, for any split", "[merge]") {
   const index_t len_k = 300;
@@ -155,6 +155,32 @@ TEST_CASE("merge works on strided views and writes only their elements", "[merge
     for (index_t i = 0; i < 3; ++i) {
       CHECK(double{lse(0, h, i)} == Catch::Approx(1 + std::log(2.)).margin(1e-6));
       for (index_t d = 0; d < 5; ++d) CHECK(double{out(0, h, i, d)} == Catch::Approx(2).margin(1e-6));
+    }
+  }
+}
+
+TEST_CASE("merge: any stride along dim gives the same bits", "[merge][bits]") {
+  for (const index_t dim : {1, 7, 16, 37, 128}) {
+    const Dense x(86, 1, 2, 1, 3, 60, 8, dim);
+    const Result a = part(x, 0, 30), b = part(x, 30, 30);
+    Result whole = a;
+    join(whole, b);
+    std::vector<float> wide_a(static_cast<std::size_t>(6 * dim * 2), canary()),
+        wide_b(static_cast<std::size_t>(6 * dim * 3));
+    const Tensor<float> to{wide_a.data(), {1, 2, 3, dim}, {6 * dim * 2, 3 * dim * 2, dim * 2, 2}};
+    const Tensor<float> from{wide_b.data(), {1, 2, 3, dim}, {6 * dim * 3, 3 * dim * 3, dim * 3, 3}};
+    for (const bool both : {false, true}) {
+      for (index_t n = 0; n < 6 * dim; ++n) {
+        wide_a[static_cast<std::size_t>(2 * n)] = a.out.data[static_cast<std::size_t>(n)];
+        wide_b[static_cast<std::size_t>(3 * n)] = b.out.data[static_cast<std::size_t>(n)];
+      }
+      Result lse = a;
+      REQUIRE(fovea::merge(to, lse.lse_view(), both ? Tensor<const float>(from) : b.out.view(), b.lse_view()).ok());
+      CHECK(same_bits(lse.lse, whole.lse));
+      index_t wrong = 0;
+      for (std::size_t n = 0; n < whole.out.data.size(); ++n)
+        wrong += std::memcmp(&wide_a[2 * n], &whole.out.data[n], sizeof(float)) != 0 || !is_canary(wide_a[2 * n + 1]);
+      CHECK(wrong == 0);
     }
   }
 }

@@ -4,6 +4,7 @@
 #include "fovea/reference/vertical_slash.hpp"
 #include "fovea/sparse.hpp"
 #include "selected_lists.hpp"
+#include "support/problem.hpp"
 
 namespace {
 
@@ -206,6 +207,231 @@ TEST_CASE("vertical_slash: attention over the lists", "[vertical_slash][sparse]"
   check(Dense(18, 1, 2, 2, 205, 300, 8, 8), ragged, 140, 160);
 }
 
+namespace {
+
+using fovea::vertical_slash::Apart;
+
+bool runs_apart(const VerticalSlashLists& lists, const Dense& x, const AttentionOptions& options = kCausal) {
+  Apart apart;
+  apart.lists = &lists;
+  return apart.serves(x.q.view(), kv_of(x), options);
+}
+
+}   // namespace
+
+TEST_CASE("vertical_slash: columns and diagonals as two calls", "[vertical_slash][sparse]") {
+  VerticalSlashLists lists;
+  const auto check = [&](const Dense& x, const AttentionOptions& options, index_t longest, index_t most) {
+    select(lists, x, kSmall, options);
+    REQUIRE(runs_apart(lists, x, options));
+    const index_t sequences = reference::softmax_sequences(options, x.q.batch);
+    const Named named = named_by(lists.lists(), sequences, x.q.heads, longest, most);
+    AttentionOptions kept = options;
+    kept.keep = named.keep();
+    const auto e = expect(x.q.view(), x.k.view(), x.v.view(), kept);
+    const Result r = attend_with(x, kSmall, options);
+    CHECK(distance(r, e) <= 1);
+    // Without an LSE, narrower, strided, head by head.
+    Result again = unwritten(x.q.view(), x.v.view());
+    again.lse = r.lse;
+    REQUIRE(fovea::vertical_slash_attention<F32>(x.q.view(), kv_of(x), again.out.view(), kSmall, options).ok());
+    CHECK(same_bits(again, r));
+    const auto size = static_cast<std::size_t>(x.q.batch * x.q.heads * x.q.len * x.v.dim);
+    std::vector<fovea::bf16> narrow(size, fovea::convert<fovea::bf16>(canary())), want;
+    for (const float value : r.out.data) want.push_back(fovea::convert<fovea::bf16>(value));
+    AttentionOptions with_lse = options;
+    again.lse.assign(r.lse.size(), canary());
+    with_lse.lse = again.lse_view();
+    REQUIRE(fovea::vertical_slash_attention<F32>(
+                x.q.view(), kv_of(x), fovea::bhsd(narrow.data(), x.q.batch, x.q.heads, x.q.len, x.v.dim), kSmall, with_lse)
+                .ok());
+    CHECK(std::memcmp(narrow.data(), want.data(), size * sizeof(fovea::bf16)) == 0);
+    CHECK(same_bits(again.lse, r.lse));
+    std::vector<float> wide(2 * size, canary());
+    REQUIRE(fovea::vertical_slash_attention<F32>(
+                x.q.view(), kv_of(x),
+                fovea::Tensor<float>{wide.data(),
+                                     {x.q.batch, x.q.heads, x.q.len, x.v.dim},
+                                     {x.q.heads * x.q.len * x.v.dim * 2, x.v.dim * 2, x.q.heads * x.v.dim * 2, 2}},
+                kSmall, options)
+                .ok());
+    index_t wrong = 0;
+    for (index_t b = 0; b < x.q.batch; ++b) {
+      for (index_t h = 0; h < x.q.heads; ++h) {
+        for (index_t i = 0; i < x.q.len; ++i) {
+          for (index_t d = 0; d < x.v.dim; ++d) {
+            const auto at = static_cast<std::size_t>(((b * x.q.len + i) * x.q.heads + h) * x.v.dim + d) * 2;
+            const float value = r.at(b, h, i, d);
+            wrong += std::memcmp(&wide[at], &value, sizeof value) != 0 || !is_canary(wide[at + 1]);
+          }
+        }
+      }
+    }
+    CHECK(wrong == 0);
+    for (const bool narrow_out : {false, true}) {
+      Apart apart;
+      apart.lists = &lists;
+      apart.most_bytes = 1;
+      REQUIRE(apart.serves(x.q.view(), kv_of(x), options));
+      again = unwritten(x.q.view(), x.v.view());
+      with_lse.lse = again.lse_view();
+      std::fill(narrow.begin(), narrow.end(), fovea::bf16{});
+      const auto bf16_out = fovea::bhsd(narrow.data(), x.q.batch, x.q.heads, x.q.len, x.v.dim);
+      const fovea::Result to = narrow_out ? fovea::Result(bf16_out) : fovea::Result(again.out.view());
+      REQUIRE(apart.run<F32>(x.q.view(), kv_of(x), to, with_lse).ok());
+      CHECK(same_bits(again.lse, r.lse));
+      if (narrow_out) {
+        CHECK(std::memcmp(narrow.data(), want.data(), size * sizeof(fovea::bf16)) == 0);
+      } else {
+        CHECK(same_bits(again, r));
+      }
+    }
+  };
+  check(Dense(25, 2, 4, 2, 330, 330, 16, 20), kCausal, 330, 330);
+  AttentionOptions dressed = kCausal;
+  const std::vector<float> sinks{0.5f, -1.f, 2.f, -kInfinity, 0.f, 40.f};
+  dressed.sink = sinks;
+  dressed.softcap = 5.f;
+  dressed.scale = 0.3f;
+  check(Dense(26, 1, 6, 1, 300, 400, 16, 8), dressed, 300, 400);
+  AttentionOptions ragged = kCausal;
+  const std::vector<index_t> cu_q{0, 140, 140, 440, 450}, cu_k{0, 160, 170, 500, 500};
+  ragged.cu_len_q = cu_q;
+  ragged.cu_len_k = cu_k;
+  check(Dense(27, 1, 2, 2, 450, 500, 8, 8), ragged, 300, 330);
+  const index_t before = -90;
+  AttentionOptions early = kCausal;
+  early.q_offset = {&before, 1};
+  check(Dense(28, 1, 2, 1, 400, 350, 8, 8), early, 400, 350);
+}
+
+TEST_CASE("vertical_slash: columns of keys with scales per channel", "[vertical_slash][sparse]") {
+  using Mixed = fovea::Formats<fovea::Format::f32, fovea::Format::i8_channel>;
+  Dense x(31, 1, 4, 2, 320, 320, 16, 8);
+  const index_t dim = 16;
+  std::vector<std::int8_t> codes;
+  std::vector<float> scale;
+  for (index_t n = 0; n < 2 * dim; ++n) scale.push_back(0.01f * static_cast<float>(1 + n));
+  for (index_t h = 0; h < 2; ++h) {
+    for (index_t j = 0; j < 320; ++j) {
+      for (index_t d = 0; d < dim; ++d) {
+        const float step = scale[static_cast<std::size_t>(h * dim + d)];
+        codes.push_back(static_cast<std::int8_t>(std::clamp(std::round(x.k.view()(0, h, j, d) / step), -127.f, 127.f)));
+        x.k.view()(0, h, j, d) = static_cast<float>(codes.back()) * step;
+      }
+    }
+  }
+  fovea::Kv kv = kv_of(x);
+  kv.k = fovea::stored_rows(codes.data(), fovea::Format::i8_channel, dim, 2, 320);
+  kv.k_channel_scale = scale.data();
+  VerticalSlashLists lists;
+  REQUIRE(lists.select<Mixed>(x.q.view(), kv, kSmall, kCausal).ok());
+  const Named named = named_by(lists.lists(), 1, 4, 320, 320);
+  AttentionOptions kept = kCausal;
+  kept.keep = named.keep();
+  const auto e = expect(x.q.view(), x.k.view(), x.v.view(), kept);
+  Result first = unwritten(x.q.view(), x.v.view());
+  for (const index_t most_bytes : {index_t{1} << 26, index_t{1}}) {
+    Apart apart;
+    apart.lists = &lists;
+    apart.most_bytes = most_bytes;
+    REQUIRE(apart.serves(x.q.view(), kv, kCausal));
+    Result r = unwritten(x.q.view(), x.v.view());
+    AttentionOptions options = kCausal;
+    options.lse = r.lse_view();
+    REQUIRE(apart.run<Mixed>(x.q.view(), kv, r.out.view(), options).ok());
+    CHECK(distance(r, e) <= 1);
+    if (most_bytes == 1) {
+      CHECK(same_bits(r, first));
+    } else {
+      first = r;
+    }
+  }
+}
+
+TEST_CASE("vertical_slash: when the columns are a call of their own", "[vertical_slash][sparse]") {
+  VerticalSlashLists lists;
+  const Dense x(29, 1, 2, 1, 300, 300, 8, 8);
+  select(lists, x, kSmall);
+  CHECK(runs_apart(lists, x));
+  const auto refused = [&](const auto& change) {
+    AttentionOptions options = kCausal;
+    change(options);
+    return !runs_apart(lists, x, options);
+  };
+  const std::vector<float> slopes{0.1f, 0.f};
+  const std::vector<std::uint64_t> tree(300, ~std::uint64_t{0});
+  const float bias[300] = {};
+  const std::uint8_t keep[300] = {};
+  CHECK(refused([&](AttentionOptions& o) { o.alibi_slopes = slopes; }));
+  CHECK(refused([&](AttentionOptions& o) { o.window.left = 100; }));
+  CHECK(refused([&](AttentionOptions& o) { o.window.right = 0; }));
+  CHECK(refused([&](AttentionOptions& o) { o.tree = tree; }));
+  CHECK(refused([&](AttentionOptions& o) { o.bias = {bias, {1, 1, 1, 300}, {0, 0, 0, 1}}; }));
+  CHECK(refused([&](AttentionOptions& o) { o.keep = {keep, {1, 1, 1, 300}, {0, 0, 0, 1}}; }));
+  CHECK(refused([&](AttentionOptions& o) { o.regime = fovea::Regime::decode; }));
+  // No column outside of the diagonals; a short prompt; decode.
+  select(lists, x, {.verticals = 30, .slashes = 300});
+  CHECK(!runs_apart(lists, x));
+  const Dense brief(29, 1, 2, 1, 250, 350, 8, 8), step(29, 1, 2, 1, 1, 300, 8, 8);
+  select(lists, brief, kSmall);
+  CHECK(!runs_apart(lists, brief));
+  select(lists, step, kSmall);
+  CHECK(!runs_apart(lists, step));
+
+  // The workspace of a plan over the diagonals serves both calls.
+  select(lists, x, kSmall);
+  const Result want = attend_with(x, kSmall);
+  fovea::SparsePlan plan;
+  REQUIRE(fovea::make_sparse_plan(plan, {1, 2, 1, 300, 300, 8, 8}, lists.lists().first(1), kCausal).ok());
+  CHECK(plan.together);
+  std::vector<std::byte> bytes(plan.workspace_bytes(1));
+  AttentionOptions options = kCausal;
+  options.workspace = bytes;
+  CHECK(same_bits(attend_with(x, kSmall, options), want));
+  options.workspace = std::span(bytes).first(bytes.size() - 1);
+  Values out(1, 2, 300, 8, canary());
+  CHECK(!fovea::vertical_slash_attention<F32>(x.q.view(), kv_of(x), out.view(), kSmall, options).ok());
+  CHECK(std::all_of(out.data.begin(), out.data.end(), is_canary));
+}
+
+TEST_CASE("vertical_slash: a key leaves its trace where it is listed", "[vertical_slash][sparse][nan]") {
+  Dense x(30, 1, 1, 1, 420, 420, 8, 8);
+  VerticalSlashLists lists;
+  select(lists, x, kSmall);
+  REQUIRE(runs_apart(lists, x));
+  Named named = named_by(lists.lists(), 1, 1, 420, 420);
+  fovea::vertical_slash::Apart apart;
+  apart.lists = &lists;
+  REQUIRE(apart.serves(x.q.view(), kv_of(x), kCausal));
+  const auto attend_listed = [&] {
+    Result r = unwritten(x.q.view(), x.v.view());
+    AttentionOptions options = kCausal;
+    options.lse = r.lse_view();
+    REQUIRE(apart.run<F32>(x.q.view(), kv_of(x), r.out.view(), options).ok());
+    return r;
+  };
+  const Result clean = attend_listed();
+  const auto verticals = lists.verticals(0, 0);
+  for (const std::int32_t key : {std::int32_t{3}, verticals[32], verticals[40]}) {
+    for (const bool in_keys : {false, true}) {
+      float& number = in_keys ? x.k.view()(0, 0, key, 2) : x.v.view()(0, 0, key, 2);
+      const float kept = number;
+      number = kNan;
+      const Result r = attend_listed();
+      number = kept;
+      index_t wrong = 0;
+      for (index_t i = 0; i < 420; ++i) {
+        const bool listed = key <= i && named.at(0, 0, i, key) != 0;
+        const float old = clean.at(0, 0, i, 2), now = r.at(0, 0, i, 2);
+        wrong += listed != std::isnan(now) || (!listed && old != now);
+      }
+      INFO("key " << key << (in_keys ? " of K" : " of V"));
+      CHECK(wrong == 0);
+    }
+  }
+}
+
 TEST_CASE("vertical_slash: all lines are dense attention", "[vertical_slash][sparse]") {
   const Dense x(19, 1, 2, 1, 150, 230, 16, 8);
   const VerticalSlash all{.verticals = 230, .slashes = 230};
@@ -265,7 +491,8 @@ TEST_CASE("vertical_slash: what is not looked at leaves no trace", "[vertical_sl
 }
 
 TEST_CASE("vertical_slash: any number of lanes, any home of the keys", "[vertical_slash][sparse]") {
-  const Dense x(22, 2, 4, 2, 130, 190, 16, 8);
+  const index_t len_q = GENERATE(130, 300), len = len_q + 60;   // one call, two
+  const Dense x(22, 2, 4, 2, len_q, len, 16, 8);
   const Result one = attend_with(x, kSmall);
   ThreadPerLane threads;
   Reversed reversed;
@@ -276,14 +503,14 @@ TEST_CASE("vertical_slash: any number of lanes, any home of the keys", "[vertica
   CHECK(same_bits(attend_with(x, kSmall, options), one));
 
   // The same keys in pages of 48, backwards.
-  constexpr index_t kPage = 48, kPages = 4;
+  constexpr index_t kPage = 48, kPages = 8;
   std::vector<float> k(static_cast<std::size_t>(2 * kPages * 2 * kPage * 16), canary());
   std::vector<float> v(static_cast<std::size_t>(2 * kPages * 2 * kPage * 8), canary());
   std::vector<std::int32_t> table;
   for (index_t n = 0; n < 2 * kPages; ++n) table.push_back(static_cast<std::int32_t>(2 * kPages - 1 - n));
   for (index_t b = 0; b < 2; ++b) {
     for (index_t h = 0; h < 2; ++h) {
-      for (index_t j = 0; j < 190; ++j) {
+      for (index_t j = 0; j < len; ++j) {
         const index_t row = (index_t{table[static_cast<std::size_t>(b * kPages + j / kPage)]} * 2 + h) * kPage + j % kPage;
         for (index_t d = 0; d < 16; ++d) k[static_cast<std::size_t>(row * 16 + d)] = x.k.view()(b, h, j, d);
         for (index_t d = 0; d < 8; ++d) v[static_cast<std::size_t>(row * 8 + d)] = x.v.view()(b, h, j, d);
@@ -294,7 +521,7 @@ TEST_CASE("vertical_slash: any number of lanes, any home of the keys", "[vertica
                                     fovea::bhsd<const float>(v.data(), 2 * kPages, 2, kPage, 8));
   paged.home = fovea::Home::paged;
   paged.block_table = {table.data(), {2, kPages}, {kPages, 1}};
-  const std::vector<index_t> len_k{190, 190};
+  const std::vector<index_t> len_k{len, len};
   options = kCausal;
   options.len_k = len_k;
   Result r = unwritten(x.q.view(), x.v.view());

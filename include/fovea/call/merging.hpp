@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Results over disjoint keys, put together: by their LSE where weights share a denominator, by adding where they have none. What
-// is normalised over the whole row (sparsemax, entmax) cannot be put together.
+// Results over disjoint keys, put together: by their LSE where weights share a denominator, by adding where they have none.
+// What is normalised over the whole row (sparsemax, entmax) cannot be put together.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
 
+#include "../simd/simd.hpp"
 #include "checks.hpp"
 
 namespace fovea {
@@ -59,32 +61,48 @@ void for_each_row(const Tensor<float>& out, const F& f) {
   }
 }
 
+// Row a and its LSE become the result over the keys of a and b; strides in numbers.
+inline void merge_row(float* a, index_t stride_a, float& lse, const float* b, index_t stride_b, float other, index_t dim) {
+  const float empty = -std::numeric_limits<float>::infinity();
+  if (other == empty) {
+    for (index_t d = 0; lse == empty && d < dim; ++d) a[d * stride_a] = 0.f;
+    return;
+  }
+  // Two infinite sinks cannot be weighed against each other; equal references make them equal.
+  const double top = lse > other ? lse : other;
+  const double weight_a = lse == empty                      ? 0.
+                          : static_cast<double>(lse) == top ? 1.
+                                                            : std::exp(static_cast<double>(lse) - top);
+  const double weight_b = static_cast<double>(other) == top ? 1. : std::exp(static_cast<double>(other) - top);
+  const double sum = weight_a + weight_b;
+  const auto share_a = static_cast<float>(weight_a / sum), share_b = static_cast<float>(weight_b / sum);
+  // Vectors whatever the strides: without a fused FMA they round otherwise than std::fma.
+  for (index_t d = 0; d < dim; d += kLanes) {
+    const index_t here = std::min(kLanes, dim - d);
+    float* const to = a + d * stride_a;
+    const f32 from = load_strided(b + d * stride_b, stride_b, here);
+    const f32 merged = lse == empty ? from : fma(load_strided(to, stride_a, here), f32(share_a), from * f32(share_b));
+    if (stride_a == 1) {
+      here == kLanes ? store(to, merged) : store_some(to, merged, here);
+    } else {
+      alignas(f32) float lanes[kLanes];
+      merged.store_aligned(lanes);
+      for (index_t i = 0; i < here; ++i) to[i * stride_a] = lanes[i];
+    }
+  }
+  lse = static_cast<float>(top + std::log(sum));
+}
+
 }   // namespace door
 
 inline Status merge(Tensor<float> out_a, View<float, 3> lse_a, Tensor<const float> out_b, View<const float, 3> lse_b) {
   door::tidy_all(out_a, lse_a, out_b, lse_b);
   if (Status s = door::check_partials(out_a, lse_a, out_b, lse_b); !s.ok()) return s;
-  const float empty = -std::numeric_limits<float>::infinity();
   door::for_each_row(out_a, [&](index_t n, index_t h, index_t i) {
-    float& lse = lse_a(n, h, i);
-    const float other = lse_b(n, h, i);
-    if (other == empty) {
-      for (index_t d = 0; lse == empty && d < out_a.extent[3]; ++d) out_a(n, h, i, d) = 0.f;
-      return;
-    }
-    // Two infinite sinks cannot be weighed against each other; equal references make them equal.
-    const double top = lse > other ? lse : other;
-    const double weight_a = lse == empty                      ? 0.
-                            : static_cast<double>(lse) == top ? 1.
-                                                              : std::exp(static_cast<double>(lse) - top);
-    const double weight_b = static_cast<double>(other) == top ? 1. : std::exp(static_cast<double>(other) - top);
-    const double sum = weight_a + weight_b;
-    const auto share_a = static_cast<float>(weight_a / sum), share_b = static_cast<float>(weight_b / sum);
-    for (index_t d = 0; d < out_a.extent[3]; ++d) {
-      float& to = out_a(n, h, i, d);
-      to = lse == empty ? out_b(n, h, i, d) : std::fma(to, share_a, out_b(n, h, i, d) * share_b);
-    }
-    lse = static_cast<float>(top + std::log(sum));
+    const index_t to = n * out_a.stride[0] + h * out_a.stride[1] + i * out_a.stride[2];
+    const index_t from = n * out_b.stride[0] + h * out_b.stride[1] + i * out_b.stride[2];
+    door::merge_row(out_a.data + to, out_a.stride[3], lse_a(n, h, i), out_b.data + from, out_b.stride[3], lse_b(n, h, i),
+                    out_a.extent[3]);
   });
   return {};
 }
