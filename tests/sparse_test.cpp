@@ -307,6 +307,79 @@ TEST_CASE("key tile by key tile for many lists, and list by list: the same keys"
   CHECK(!plan.together);
 }
 
+TEST_CASE("a plan for many lists at once serves its calls under the automatic regime, and a failed one none", "[sparse]") {
+  test::Random random(81);
+  Setup s(random, 1, 2, 2, 300, 300, 16, 16);
+  const test::ListShape shape{.heads = 2, .len_q = 300, .q_block = 16, .k_block = 32, .density = 0.5};
+  const test::OwnedLists owned = test::random_lists(random, shape, {300});
+  const KeyLists lists = owned.view();
+  const AttentionOptions options{.causal = Causal::bottom_right};
+  const AttentionShape sizes{1, 2, 2, 300, 300, 16, 16};
+  SparsePlan plan;
+  REQUIRE(make_sparse_plan(plan, sizes, {&lists, 1}, options).ok());
+  REQUIRE(plan.together);
+  const Kv kv = dense_kv(s.k_view(), s.v_view());
+  REQUIRE(sparse_attention<OnlyF32>(plan, s.q_view(), kv, s.out_view(), options).ok());
+  const std::vector<float> planned = s.out;
+  REQUIRE(sparse_attention<OnlyF32>(s.q_view(), kv, lists, s.out_view(), options).ok());
+  CHECK(s.out == planned);
+  std::vector<std::int32_t> entries = owned.entries;
+  entries[static_cast<std::size_t>(lists.capacity) * 37] = 10;   // keys 320 and up
+  KeyLists wrong = lists;
+  wrong.entries = entries.data();
+  wrong.count = {};
+  CHECK(!make_sparse_plan(plan, sizes, {&wrong, 1}, options).ok());
+  CHECK(sparse_attention<OnlyF32>(plan, s.q_view(), kv, s.out_view(), options).code() == Code::invalid_argument);
+}
+
+TEST_CASE("V between the rows of K, at another distance, is gathered by itself", "[sparse]") {
+  test::Random random(82);
+  const std::vector<float> rows = numbers(random, 64 * 16);
+  Setup s(random, 1, 1, 1, 20, 32, 16, 16);
+  for (index_t j = 0; j < 32; ++j) {
+    std::copy_n(&rows[at(j * 16)], 16, &s.k[at(j * 16)]);
+    std::copy_n(&rows[at(2 * j * 16)], 16, &s.v[at(j * 16)]);
+  }
+  Kv kv = dense_kv(s.k_view(), s.v_view());
+  kv.k.data = kv.v.data = reinterpret_cast<const std::byte*>(rows.data());
+  kv.v.stride[2] *= 2;
+  const std::vector<std::int32_t> tokens{0, 3, 7, 12, 20};
+  KeyLists lists;
+  lists.entries = tokens.data();
+  lists.capacity = 5;
+  lists.q_block = 20;
+  const AttentionOptions options{.regime = Regime::prefill};
+  REQUIRE(sparse_attention<OnlyF32>(s.q_view(), kv, lists, s.out_view(), options).ok());
+  CHECK(worst(s, options, {&lists, 1}) <= 1.);
+}
+
+TEST_CASE("one long prefill among many decodes has as many lists as queries", "[sparse]") {
+  test::Random random(83);
+  Setup s(random, 1, 1, 1, 40 + 30, 100, 8, 8);
+  std::vector<index_t> cu_q{0, 40}, cu_k{0, 70};
+  for (index_t n = 1; n <= 30; ++n) {
+    cu_q.push_back(40 + n);
+    cu_k.push_back(70 + n);
+  }
+  const std::vector<std::int32_t> first_key(31 * 40, 0);
+  KeyLists lists;
+  lists.entries = first_key.data();
+  lists.capacity = 1;
+  lists.batch = 31;
+  lists.q_blocks = 40;
+  AttentionOptions options{.causal = Causal::bottom_right};
+  options.cu_len_q = cu_q;
+  options.cu_len_k = cu_k;
+  SparsePlan plan;
+  REQUIRE(make_sparse_plan(plan, {1, 1, 1, 70, 100, 8, 8}, {&lists, 1}, options).ok());
+  CHECK(plan.lists.total_slots() == 70);
+  REQUIRE(sparse_attention(s.q_view(), s.k_view(), s.v_view(), lists, s.out_view(), options).ok());
+  for (index_t i = 0; i < 70; ++i) {   // each sees the first key of its sequence alone
+    const index_t key = i < 40 ? 0 : 70 + i - 40;
+    CHECK(s.out[at(i * 8)] == Catch::Approx(s.v[at(key * 8)]).epsilon(1e-6));
+  }
+}
+
 TEST_CASE("a variant's score and mask see the positions of listed keys", "[sparse]") {
   test::Random random(78);
   Setup s(random, 1, 2, 1, 30, 90, 16, 16);
@@ -378,6 +451,15 @@ TEST_CASE("wrong lists are refused with their numbers, and nothing is written", 
   bad.ranges = true;
   tokens = {40, 30, -1, -1};
   refused(bad, "keys 40 .. 29");
+  bad.capacity = 3;
+  refused(bad, "ranges come in pairs");
+  tokens = {50, 50, 10, 10};   // empty ones are legal anywhere
+  bad.capacity = 4;
+  CHECK(sparse_attention(s.q_view(), s.k_view(), s.v_view(), bad, s.out_view()).ok());
+  bad.capacity = INT32_MAX;
+  bad.q_blocks = INT32_MAX;
+  bad.heads = 4;
+  refused(bad, "too large");
   std::fill(s.out.begin(), s.out.end(), -7.f);
   CHECK(sparse_attention<OnlyF32>(s.q_view(), dense_kv(s.k_view(), s.v_view()), std::span<const KeyLists>(), s.out_view())
             .code() == Code::invalid_argument);

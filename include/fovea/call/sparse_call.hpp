@@ -111,7 +111,8 @@ inline Status check_list(const KeyLists& kind, std::size_t n, const AttentionSha
         return invalid("fovea: lists[%zu].count[%zu] is %d, must be 0 .. %td", n, i, static_cast<int>(kind.count[i]),
                        kind.capacity);
     }
-    numbers = lists * kind.capacity;
+    if (__builtin_mul_overflow(lists, kind.capacity, &numbers))
+      return unsupported("fovea: lists[%zu] are too large: %td of %td numbers", n, lists, kind.capacity);
   }
   if (kind.entries == nullptr && numbers > 0) return invalid("fovea: lists[%zu] have null entries", n);
   return {};
@@ -164,13 +165,18 @@ inline Status plan_sparse(SparsePlan& sparse, const AttentionShape& shape, std::
                           const AttentionOptions& options, const Needs& needs) {
   if (Status s = check_problem(shape, options, needs); !s.ok()) return s;
   if (Status s = check_lists(kinds, shape, options); !s.ok()) return s;
-  list_sequences(sparse.plan, shape, options);
-  const index_t heads = list_heads(kinds);
-  if (Status s = sparse.lists.build(kinds, sparse.plan.sequences, heads, reach_of(options)); !s.ok()) return s;
-  const PlanRequest request = request_of(listed_shape(shape, heads), options, needs);
-  const index_t list_rows = kinds.front().q_block * (request.q_heads / request.kv_heads);
-  sparse.together = runs_together(kinds, request, list_rows, sparse.plan.sequences) && sparse.lists.as_sets();
-  return sparse.together ? sparse.plan.build_together(request, list_rows) : sparse.plan.build(request, sparse.lists);
+  const auto build = [&]() -> Status {
+    list_sequences(sparse.plan, shape, options);
+    const index_t heads = list_heads(kinds);
+    if (Status s = sparse.lists.build(kinds, sparse.plan.sequences, heads, reach_of(options)); !s.ok()) return s;
+    const PlanRequest request = request_of(listed_shape(shape, heads), options, needs);
+    const index_t list_rows = kinds.front().q_block * (request.q_heads / request.kv_heads);
+    sparse.together = runs_together(kinds, request, list_rows, sparse.plan.sequences) && sparse.lists.as_sets();
+    return sparse.together ? sparse.plan.build_together(request, list_rows) : sparse.plan.build(request, sparse.lists);
+  };
+  Status status = build();
+  if (!status.ok()) sparse.plan.sequences.clear();   // half a plan fits no call
+  return status;
 }
 
 inline Status run_sparse(Call call, std::span<const KeyLists> kinds) {

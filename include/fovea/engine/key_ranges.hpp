@@ -28,14 +28,17 @@ class KeyRanges {
   Status build(std::span<const KeyLists> kinds, const std::vector<Sequence>& sequences, index_t heads, Reach reach) {
     heads_ = heads;
     q_block_ = kinds.front().q_block;
-    q_blocks_ = 0;
-    for (const Sequence& sequence : sequences) q_blocks_ = std::max(q_blocks_, (sequence.len_q + q_block_ - 1) / q_block_);
+    first_list_.clear();
     ranges_.clear();
     first_.assign(1, 0);
     slots_.clear();
+    index_t lists = 0;
     for (std::size_t b = 0; b < sequences.size(); ++b) {
+      const index_t blocks = (sequences[b].len_q + q_block_ - 1) / q_block_;
+      first_list_.push_back({lists, blocks});
+      lists += heads * blocks;
       for (index_t head = 0; head < heads; ++head) {
-        for (index_t block = 0; block < q_blocks_; ++block) {
+        for (index_t block = 0; block < blocks; ++block) {
           if (Status s = add_list(kinds, sequences[b], static_cast<index_t>(b), head, block, reach); !s.ok()) return s;
         }
       }
@@ -46,7 +49,8 @@ class KeyRanges {
   index_t heads() const { return heads_; }
   index_t q_block() const { return q_block_; }
   index_t list_of(index_t sequence, index_t head, index_t q_index) const {
-    return (sequence * heads_ + (heads_ == 1 ? 0 : head)) * q_blocks_ + q_index / q_block_;
+    const Lists& own = first_list_[static_cast<std::size_t>(sequence)];
+    return own.first + (heads_ == 1 ? 0 : head) * own.blocks + q_index / q_block_;
   }
   index_t slots(index_t list) const { return slots_[static_cast<std::size_t>(list)]; }
   index_t total_slots() const {
@@ -116,7 +120,7 @@ class KeyRanges {
       for (index_t n = 0; n < stop - slot; ++n) run[n] = static_cast<std::int32_t>(slot + n) + shift;
       slot = std::max(slot, stop);
     }
-    const std::int32_t repeated = last[-1].pos + slots_[at] - last[-1].slot - 1;
+    const std::int32_t repeated = last[-1].pos + (slots_[at] - last[-1].slot) - 1;
     for (; slot < end; ++slot) to[slot - begin] = repeated;
   }
 
@@ -160,12 +164,17 @@ class KeyRanges {
       if (!kind.count.empty()) count = kind.count[at];
     }
     const index_t step = kind.ranges ? 2 : 1;
+    if (count % step != 0)
+      return Status::error(Code::invalid_argument,
+                           "fovea: list %td (sequence %td, head %td, q block %td) has %td numbers, "
+                           "ranges come in pairs",
+                           list, b, head, block, count);
     for (index_t n = 0; n + step <= count; n += step) {
       if (entries[n] < 0) continue;
       const index_t begin = kind.ranges ? entries[n] : entries[n] * kind.k_block;
       const index_t wanted_end = kind.ranges ? entries[n + 1] : begin + kind.k_block;
       const index_t end = kind.ranges ? wanted_end : std::min(wanted_end, sequence.len_k);
-      if (begin >= sequence.len_k || end > sequence.len_k || end < begin)
+      if ((!kind.ranges && begin >= sequence.len_k) || end > sequence.len_k || end < begin)
         return Status::error(Code::invalid_argument,
                              "fovea: list %td (sequence %td, head %td, q block %td), number %td: keys %td .. %td, the "
                              "sequence has %td",
@@ -185,7 +194,11 @@ class KeyRanges {
   std::vector<std::size_t> first_;    // [list + 1]
   std::vector<std::int32_t> slots_;   // [list]
   std::vector<Range> lengths_;        // of one list while it is sorted: pos, length
-  index_t heads_ = 1, q_block_ = 1, q_blocks_ = 0;
+  struct Lists {
+    index_t first, blocks;   // of a sequence: [head, block]
+  };
+  std::vector<Lists> first_list_;   // [sequence]
+  index_t heads_ = 1, q_block_ = 1;
 };
 
 }   // namespace FOVEA_ARCH

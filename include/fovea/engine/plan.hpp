@@ -220,7 +220,6 @@ inline Status Plan::build(const PlanRequest& wanted) {
 
 inline Status Plan::build_together(const PlanRequest& wanted, index_t rows) {
   request = wanted;
-  request.regime = Regime::prefill;
   listed = false;
   list_rows = rows;
   return build_tasks(PTRDIFF_MAX, [this](const Sequence& sequence, index_t, index_t begin, index_t end) {
@@ -262,7 +261,9 @@ Status Plan::build_tasks(index_t apart, const KeysOf& keys_of) {
       const index_t all_rows = sequence.len_q * group();
       if (all_rows == 0) continue;
       const index_t list = std::min(apart, all_rows), lists = (all_rows + list - 1) / list;
-      const Regime regime = request.regime == Regime::automatic ? automatic_regime(list) : request.regime;
+      const Regime regime = list_rows != PTRDIFF_MAX              ? Regime::prefill
+                            : request.regime == Regime::automatic ? automatic_regime(list)
+                                                                  : request.regime;
       const bool splits_keys = regime != Regime::prefill && request.split_keys && !request.strip;
       for (index_t list_begin = 0; list_begin < all_rows; list_begin += list) {
         const index_t rows = std::min(list, all_rows - list_begin);

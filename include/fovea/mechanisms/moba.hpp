@@ -584,8 +584,11 @@ Status run(Problem& p, const Memory& memory, std::span<std::byte> workspace) {
   }
   if (!p.any_grouped()) return attend_lists<Compiled>(p, p, 0, p.sequences(), memory, lane_bytes, workspace);
   const index_t at_once = queries_at_once(p);
-  for (index_t b = 0; b < p.sequences(); ++b) {
+  // Those with lists first: their calls may find the workspace too small, and nothing has been written yet.
+  for (index_t turn = 0; turn < 2 * p.sequences(); ++turn) {
+    const index_t b = turn % p.sequences();
     const Sequence s = memory.sequences[b];
+    if (is_grouped(p.options, s) != (turn >= p.sequences())) continue;
     if (!is_grouped(p.options, s)) {
       if (s.len_q == 0) continue;
       // Its lists have room for kGroupedQueries, which only a sequence that starts before key 0 exceeds.

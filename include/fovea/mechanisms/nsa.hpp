@@ -747,6 +747,7 @@ inline Status nsa_select(View<const float, 4> importance, const NsaShape& shape,
   if (static_cast<index_t>(lists.size()) != batch * heads * len_q * shape.selected)
     return door::invalid("fovea: nsa: lists hold %zu numbers, must be %td x %td x %td x %td", lists.size(), batch, heads,
                          len_q, shape.selected);
+  if (Status s = door::check_apart({"lists", door::span_bytes(lists)}, "importance", bytes); !s.ok()) return s;
   const index_t blocks = batch * len_q == 0 ? 0 : nsa_blocks(nsa::last_tokens(options, batch, len_q), shape);
   if (blocks > importance.extent[3])
     return door::invalid("fovea: nsa: the last query stands in block %td, importance has %td", blocks - 1,
@@ -998,6 +999,7 @@ Status nsa_attention(const Operand& q_any, const Kv& kv, const Kv& compressed_an
         part.len_k = {memory.len_k, static_cast<std::size_t>(batch)};
         part.q_offset = {memory.q_offset, static_cast<std::size_t>(batch)};
         part.workspace = {};
+        if (Status s = nsa::check_entries(compressed, shape, part, batch, len_q); !s.ok()) return s;
         for (index_t first = 0; first < len_q; first += piece) {
           const index_t count = std::min(piece, len_q - first);
           Tensor<float> branches[3];
@@ -1007,7 +1009,6 @@ Status nsa_attention(const Operand& q_any, const Kv& kv, const Kv& compressed_an
                                               static_cast<std::size_t>(batch * kv.kv_heads * count * shape.selected));
           const Operand rows = nsa::positions_of(q, first, count);
 
-          if (Status s = nsa::check_entries(compressed, shape, part, batch, count); !s.ok()) return s;
           nsa::CompressedRun run = nsa::compressed_run(nsa::positions_of(entry_q, first, count), compressed, branches[0], {},
                                                        importance, shape, part);
           if (Status s = nsa::bind_compressed<Compiled>(run); !s.ok()) return s;

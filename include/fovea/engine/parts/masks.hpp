@@ -131,6 +131,8 @@ struct StoredMask {
   // One look at 12 rows x 256 floats: about 200 loads against 12,000 FMAs (dim 128) of the tile it may save. It also fetches
   // the rows that the engine asks about next, which are too short for the hardware's prefetcher.
   FOVEA_INLINE Cover cover(const Tile& tile) const {
+    // Of scattered keys the tile is the hull: looking at all of it would cost more than the lanes' own look.
+    if (tile.k_end - tile.k_begin > kMaxKeyTile) return Cover::partial;
     bool live = false, dead = false;
     const index_t count = tile.k_end - tile.k_begin, next_rows = tile.rows.back().q_index - tile.rows.front().q_index + 1;
     const Row* seen = nullptr;

@@ -162,7 +162,7 @@ struct ListSource {
     const index_t k_row = row_bytes(kv.k.format, kv.dim_qk), v_row = row_bytes(kv.v.format, kv.dim_v);
     // The head of K: one copy serves both.
     const index_t inside = first.v.data - first.k.data;
-    const bool shared = want == Want::both && inside >= 0 && inside + v_row <= k_row;
+    const bool shared = want == Want::both && inside >= 0 && inside + v_row <= k_row && kv.k.stride == kv.v.stride;
     const bool keys = want != Want::values, values = want != Want::keys && !shared;
     std::byte* const k_to = gathered;
     std::byte* const v_to = shared ? gathered + inside : gathered + kGatherRows * gathered_row(kv.dim_qk);
