@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "fovea/core/convert.hpp"
+#include "fovea/simd/tiles.hpp"
 #include "support/recurrent_probes.hpp"
 
 namespace fovea_bench {
@@ -38,7 +39,7 @@ std::string problem_name(const std::string& mechanism, const RecurrentRow& row) 
 
 std::string impl_name(const RecurrentRow& row) {
   if (row.scalar) return "scalar";
-  std::string name = "fovea";
+  std::string name = row.panels == fovea::Panels::bf16 ? "fovea_bf16" : "fovea";
   if (row.layout == fovea::StateLayout::v_first) name += "_v_first";
   if (row.form == fovea::RecurrentForm::step) name += "_step";
   if (row.form == fovea::RecurrentForm::fused) name += "_fused";
@@ -91,6 +92,7 @@ class PreparedRecurrent final : public PreparedRow {
     call_.options.layout = row.layout;
     call_.options.form = row.form;
     call_.options.chunk = row.chunk;
+    call_.options.panels = row.panels;
     call_.options.executor = fovea::Executor(*memory.pool, row.threads);
     if (row.decode) {   // what the first call finds is gone when its result is compared
       for (const index_t head : sampled_heads()) initial_.push_back(head_states(head));
@@ -377,6 +379,9 @@ void RecurrentTable::add_prefill() {
   add_threads(group, row, most_threads_);
   row.format = Format::bf16;
   add_threads(group, row, shapes_.bf16_on_two_threads ? most_threads_ : 1);
+  row.panels = fovea::Panels::bf16;
+  if (shapes_.bf16_on_two_threads && fovea::tiles_allowed()) add_threads(group, row, most_threads_);
+  row.panels = fovea::Panels::f32;
   row.format = Format::f32;
   row.token_major = true;
   if (shapes_.token_major) add_threads(group, row, 1);

@@ -75,6 +75,7 @@ struct RecurrentRow {
   fovea::StateLayout layout = fovea::StateLayout::k_first;
   fovea::RecurrentForm form = fovea::RecurrentForm::automatic;
   index_t chunk = 0;
+  fovea::Panels panels = fovea::Panels::f32;   // in which chunks multiply
   bool scalar = false;
   int threads = 1;
 };
@@ -85,7 +86,7 @@ Row make_row(const RecurrentMechanism& mechanism, const RecurrentRow& row);
 struct RecurrentShapes {
   index_t dim_k = 128, dim_v = 128, qk_heads = 32, heads = 32;
   bool v_first = false;   // decode from states with dim_v first as well
-  bool bf16_on_two_threads = false;
+  bool bf16_on_two_threads = false;   // and in tiles of bf16, where the machine has them
   bool token_major = false;   // a row of prefill with the heads of a token next to each other
   bool longest = false;       // one head, up to 1M tokens
   bool forms = false;         // the three forms and several chunks beside the planner's choice

@@ -3,6 +3,7 @@
 #pragma once
 #include "../engine/chunk_engine.hpp"
 #include "../engine/chunk_step.hpp"
+#include "../engine/chunk_tiles.hpp"
 #include "../engine/recurrent_plan.hpp"
 #include "../simd/denormals.hpp"
 #include "in_memory.hpp"
@@ -52,24 +53,30 @@ Status run_tasks(const Run& run, const Spec& spec, const RecurrentOptions<float>
   return deal_in_memory<LocalBytes>(options.executor, lanes, run.plan.tasks, options.workspace, count.used(), work);
 }
 
+// Plans the call and gives the task that its plan says: f.operator()<Task>().
+template <class Spec, class F>
+auto with_task(RecurrentRun& run, const RecurrentOptions<float>& options, const F& f) {
+  run.plan = plan_recurrent(run, options, 1, options.panels == Panels::bf16 ? tile_chunk<Spec>() : 0);
+#if FOVEA_HAS_TILES
+  if constexpr (tile_chunk<Spec>() > 0) {
+    if (run.plan.panels == Panels::bf16) return f.template operator()<TileChunkTask<Spec>>();
+  }
+#endif
+  if (run.plan.form == RecurrentForm::chunked) return f.template operator()<ChunkTask<Spec>>();
+  return f.template operator()<StepTask<Spec>>();
+}
+
 template <class Spec>
 Status run_recurrent(RecurrentRun& run, const Spec& spec, const RecurrentOptions<float>& options) {
   static_assert(check_chunk_spec<Spec>());
-  run.plan = plan_recurrent(run, options);
-  if (run.plan.form == RecurrentForm::chunked) return run_tasks<ChunkTask<Spec>>(run, spec, options);
-  return run_tasks<StepTask<Spec>>(run, spec, options);
+  return with_task<Spec>(run, options, [&]<class Task>() { return run_tasks<Task>(run, spec, options); });
 }
 
 // Bytes for options.workspace, whatever the form.
 template <class Spec>
 std::size_t recurrent_workspace_bytes(RecurrentRun run, const RecurrentOptions<float>& options) {
-  run.plan = plan_recurrent(run, options);
   Bump count;
-  if (run.plan.form == RecurrentForm::chunked) {
-    ChunkTask<Spec>::carve(count, run);
-  } else {
-    StepTask<Spec>::carve(count, run);
-  }
+  with_task<Spec>(run, options, [&]<class Task>() { Task::carve(count, run); });
   return count.used() * static_cast<std::size_t>(options.executor.lanes()) + kAlignment;
 }
 

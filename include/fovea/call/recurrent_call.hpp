@@ -10,6 +10,7 @@
 #include "../core/workspace.hpp"
 #include "../engine/deal.hpp"
 #include "../engine/recurrent_run.hpp"
+#include "../simd/tiles.hpp"
 #include "local.hpp"
 #include "views.hpp"
 
@@ -197,6 +198,11 @@ inline Status check_how(const RecurrentShape& s, const RecurrentOptions<float>& 
   if (o.layout > StateLayout::v_first) return invalid("fovea: layout is %d, no value of the enum", static_cast<int>(o.layout));
   if (o.form > RecurrentForm::chunked) return invalid("fovea: form is %d, no value of the enum", static_cast<int>(o.form));
   if (o.chunk < 0 || o.chunk > 256) return invalid("fovea: chunk is %td, must be 1 to 256, or 0", o.chunk);
+  if (o.panels > Panels::bf16) return invalid("fovea: panels is %d, no value of the enum", static_cast<int>(o.panels));
+  if (o.panels == Panels::bf16 && !kHasTiles)
+    return unsupported("fovea: bf16 panels of recurrences need AMX on Linux, this is %s", FOVEA_ARCH_NAME);
+  if (o.panels == Panels::bf16 && !tiles_allowed())
+    return unsupported("fovea: bf16 panels of recurrences need AMX, which this system does not give to the process");
   if (o.executor.lanes() < 1 || o.executor.lanes() > kMaxRecurrentLanes)
     return invalid("fovea: an executor has 1 to %d lanes, this one %d", kMaxRecurrentLanes, o.executor.lanes());
   if (o.cu_len.empty()) return {};

@@ -105,6 +105,11 @@
 #else
 #define FOVEA_ISA_GFNI
 #endif
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)   // the second is clang 14's name
+#define FOVEA_ISA_AMX _amx
+#else
+#define FOVEA_ISA_AMX
+#endif
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #define FOVEA_ISA_MATH _fastmath
 #else
@@ -115,12 +120,13 @@
 #else
 #define FOVEA_ISA_CHECKED
 #endif
-#define FOVEA_PASTE_(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p) a##b##c##d##e##f##g##h##i##j##k##l##m##n##o##p
+#define FOVEA_PASTE_(a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q) \
+  a##b##c##d##e##f##g##h##i##j##k##l##m##n##o##p##q
 #define FOVEA_PASTE(...) FOVEA_PASTE_(__VA_ARGS__)
 #define FOVEA_ARCH                                                                                                      \
   FOVEA_PASTE(FOVEA_ISA_BASE, FOVEA_ISA_SSE, FOVEA_ISA_AVX, FOVEA_ISA_FMA, FOVEA_ISA_F16C, FOVEA_ISA_BMI, FOVEA_ISA_AVX512, \
               FOVEA_ISA_VBMI, FOVEA_ISA_VNNI, FOVEA_ISA_BF16, FOVEA_ISA_FP16, FOVEA_ISA_SVE, FOVEA_ISA_LZCNT, FOVEA_ISA_GFNI, \
-              FOVEA_ISA_MATH, FOVEA_ISA_CHECKED)
+              FOVEA_ISA_AMX, FOVEA_ISA_MATH, FOVEA_ISA_CHECKED)
 #define FOVEA_STRING_(x) #x
 #define FOVEA_STRING(x) FOVEA_STRING_(x)
 #define FOVEA_ARCH_NAME FOVEA_STRING(FOVEA_ARCH)

@@ -62,6 +62,9 @@ struct RecurrentOptions {
   std::span<std::byte> workspace = {};   // empty = the library's own, one per thread; a call may then allocate
   RecurrentForm form = RecurrentForm::automatic;
   index_t chunk = 0;   // tokens in a chunk, 1 to 256; 0 = the planner's choice
+  // In which chunks multiply. bf16: q, k, scores, pseudo-values and a copy of the state are rounded to 8 bits of mantissa and
+  // go through AMX tiles with fp32 sums; the state itself stays fp32 (docs/recurrent.md). Needs AMX.
+  Panels panels = Panels::f32;
 };
 
 // Linear attention, o_t = S_t' phi(q_t) / (phi(q_t) . z_t + eps) with z the running sum of phi(k).

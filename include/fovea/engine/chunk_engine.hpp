@@ -17,6 +17,7 @@ inline namespace FOVEA_ARCH {
 
 template <class Spec>
 class ChunkTask {
+ protected:
   using DecayOf = typename Spec::DecayOf;
   using UpdateOf = typename Spec::UpdateOf;
   using ReadOf = typename Spec::ReadOf;
@@ -37,26 +38,35 @@ class ChunkTask {
   }
 
   ChunkTask(const RecurrentRun& run, const Spec& spec, const ChunkMemory& memory)
-      : run_(run), spec_(spec), m_(memory), stride_(chunk_rows(run)), dim_(padded_dim_k(run.shape)) {}
+      : ChunkTask(run, spec, memory, chunk_rows(run)) {}
 
   void operator()(index_t task) {
+    walk_task(task, [this](index_t begin, index_t count) { chunk(begin, count); });
+  }
+
+ protected:
+  ChunkTask(const RecurrentRun& run, const Spec& spec, const ChunkMemory& memory, index_t stride)
+      : run_(run), spec_(spec), m_(memory), stride_(stride), dim_(padded_dim_k(run.shape)) {}
+
+  template <class Chunk>   // chunk(begin, count)
+  void walk_task(index_t task, const Chunk& chunk) {
     static_assert(!kByKey || !has_gain(), "gains go with factors per token or head");
     place_ = task_place(run_, task);
     group_ = group_size(run_, place_.group);
     for (index_t member = 0; member < group_; ++member)
       load_state(run_, place_, state_head(run_, place_.group, member), state(member, 0), key_sum(member));
     if (run_.read_last) {
-      walk(true, false);
-      walk(false, true);
+      walk(true, false, chunk);
+      walk(false, true, chunk);
     } else {
-      walk(true, true);
+      walk(true, true, chunk);
     }
     for (index_t member = 0; member < group_; ++member)
       store_state(run_, place_, state_head(run_, place_.group, member), state(member, 0), key_sum(member));
   }
 
- private:
-  void walk(bool write, bool read) {
+  template <class Chunk>
+  void walk(bool write, bool read, const Chunk& chunk) {
     writes_ = write;
     reads_ = read;
     for (index_t begin = place_.tokens.begin; begin < place_.tokens.end; begin += run_.plan.chunk) {
@@ -70,33 +80,39 @@ class ChunkTask {
   float* key_sum(index_t member) const { return CloseOf::divides ? m_.key_sum + member * dim_ : nullptr; }
 
   void chunk(index_t begin, index_t count) {
-    const RecurrentShape& shape = run_.shape;
     rows_ = round_up(count, std::max<index_t>(kLanes, 4));
     loaded_q_ = loaded_k_ = -1;
     for (index_t member = 0; member < group_; ++member) {
       const index_t head = state_head(run_, place_.group, member);
       at_ = {place_.sequence, place_.tokens.batch, head, begin, count};
-      load_keys(shared_head(head, shape.state_heads, shape.k_heads, run_.head_map));
-      find_values(shared_head(head, shape.state_heads, shape.v_heads, run_.head_map));
-      plan_ahead(member);
-      prepare_gates();
-      prepare_keys();
-      const index_t readers = reads_ ? shape.out_heads / shape.state_heads : 0;
-      for (index_t reader = 0; reader < readers; ++reader) {
-        const index_t out = out_head(run_, head, reader);
-        prepare_queries(shared_head(out, shape.out_heads, shape.q_heads, run_.head_map), member);
-        for (index_t p = 0; p < place_.panels; ++p) {
-          if (reader == 0) transform(member, p);
-          output(out, member, p);
-          if (reader + 1 == readers) advance(member, p);
-        }
-      }
-      for (index_t p = 0; readers == 0 && p < place_.panels; ++p) {
-        transform(member, p);
-        advance(member, p);
-      }
-      if constexpr (CloseOf::divides) advance_key_sum(member);
+      chunk_of(member);
     }
+  }
+
+  // The chunk of one state.
+  void chunk_of(index_t member) {
+    const RecurrentShape& shape = run_.shape;
+    const index_t head = at_.head;
+    load_keys(shared_head(head, shape.state_heads, shape.k_heads, run_.head_map));
+    find_values(shared_head(head, shape.state_heads, shape.v_heads, run_.head_map));
+    plan_ahead(member);
+    prepare_gates();
+    prepare_keys();
+    const index_t readers = reads_ ? shape.out_heads / shape.state_heads : 0;
+    for (index_t reader = 0; reader < readers; ++reader) {
+      const index_t out = out_head(run_, head, reader);
+      prepare_queries(shared_head(out, shape.out_heads, shape.q_heads, run_.head_map), member);
+      for (index_t p = 0; p < place_.panels; ++p) {
+        if (reader == 0) transform(member, p);
+        output(out, member, p);
+        if (reader + 1 == readers) advance(member, p);
+      }
+    }
+    for (index_t p = 0; readers == 0 && p < place_.panels; ++p) {
+      transform(member, p);
+      advance(member, p);
+    }
+    if constexpr (CloseOf::divides) advance_key_sum(member);
   }
 
   // The rows of the next state of the group, or of the next chunk; and where this one's output goes.

@@ -24,8 +24,9 @@ inline bool can_step(const RecurrentRun& run) {
   return fits(run.final_state);
 }
 
-// states: how many matrices a head keeps at a time.
-inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOptions<float>& options, index_t states = 1) {
+// states: how many matrices a head keeps at a time. tile_chunk: where chunks are to multiply in tiles of bf16, their length.
+inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOptions<float>& options, index_t states = 1,
+                                    index_t tile_chunk = 0) {
   const RecurrentShape& shape = run.shape;
   RecurrentPlan plan;
   index_t longest = 0;
@@ -39,7 +40,8 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOpti
   }
   if (run.read_last) plan.form = RecurrentForm::chunked;
   if (plan.form == RecurrentForm::step && !can_step(run)) plan.form = RecurrentForm::fused;
-  plan.chunk = options.chunk != 0 ? options.chunk : kDefaultChunk;
+  if (plan.form == RecurrentForm::chunked && tile_chunk > 0) plan.panels = Panels::bf16;
+  plan.chunk = options.chunk != 0 ? options.chunk : plan.panels == Panels::bf16 ? tile_chunk : kDefaultChunk;
   const index_t panels = value_panels(shape);
   const index_t wanted = 2 * options.executor.lanes();
   if (plan.form == RecurrentForm::chunked) {

@@ -37,6 +37,7 @@ struct RowMap {
 struct RecurrentPlan {
   RecurrentForm form = RecurrentForm::chunked;   // never automatic
   index_t chunk = 32;
+  Panels panels = Panels::f32;   // in which chunks multiply
   index_t group = 1;           // states of a task, one after the other in every chunk: rows of a token lie side by side
   index_t tile_panels = 1;     // value panels of a task
   index_t tiles = 1, groups = 1, tasks = 1;
