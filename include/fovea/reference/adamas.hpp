@@ -2,7 +2,7 @@
 // Adamas as plain loops: Hadamard transform from its definition, codes by counting thresholds, the k nearest keys in
 // Manhattan distance of codes, then softmax over them.
 #pragma once
-#include "softmax.hpp"
+#include "kept_keys.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -80,11 +80,8 @@ inline std::vector<std::uint8_t> adamas_selection(Tensor<const float> q, Tensor<
 
 // out [batch, q_head, pos, dim_v]; options without a keep of their own.
 inline void adamas(Tensor<const float> q, Tensor<const float> k, Tensor<const float> v, Tensor<double> out,
-                   AttentionOptions options, const AdamasRule& rule, View<double, 3> lse = {}) {
-  const std::vector<std::uint8_t> keep = adamas_selection(q, k, options, rule);
-  const index_t heads = q.extent[1], len_q = q.extent[2], len_k = k.extent[2];
-  options.keep = {keep.data(), {q.extent[0], heads, len_q, len_k}, {heads * len_q * len_k, len_q * len_k, len_k, 1}};
-  softmax(q, k, v, out, options, lse);
+                   const AttentionOptions& options, const AdamasRule& rule, View<double, 3> lse = {}) {
+  softmax_of_kept(q, k, v, out, options, adamas_selection(q, k, options, rule), lse);
 }
 
 }   // namespace FOVEA_ARCH

@@ -2,7 +2,7 @@
 // MoBA as plain loops in double: history blocks by the dot product with the mean of their keys, the own block always, then
 // softmax over their keys up to the query's own position.
 #pragma once
-#include "softmax.hpp"
+#include "kept_keys.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -57,11 +57,8 @@ inline std::vector<std::uint8_t> moba_selection(Tensor<const float> q, Tensor<co
 
 // out [batch, q_head, pos, dim_v]; options are causal and without a keep of their own.
 inline void moba(Tensor<const float> q, Tensor<const float> k, Tensor<const float> v, Tensor<double> out,
-                 AttentionOptions options, const MobaRule& rule, View<double, 3> lse = {}) {
-  const std::vector<std::uint8_t> keep = moba_selection(q, k, options, rule);
-  const index_t heads = q.extent[1], len_q = q.extent[2], len_k = k.extent[2];
-  options.keep = {keep.data(), {q.extent[0], heads, len_q, len_k}, {heads * len_q * len_k, len_q * len_k, len_k, 1}};
-  softmax(q, k, v, out, options, lse);
+                 const AttentionOptions& options, const MobaRule& rule, View<double, 3> lse = {}) {
+  softmax_of_kept(q, k, v, out, options, moba_selection(q, k, options, rule), lse);
 }
 
 }   // namespace FOVEA_ARCH

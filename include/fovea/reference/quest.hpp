@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Quest as plain loops in double: pages by the upper bound of their dot products, then softmax over their keys.
 #pragma once
-#include "softmax.hpp"
+#include "kept_keys.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -72,11 +72,8 @@ inline std::vector<std::uint8_t> quest_selection(Tensor<const float> q, Tensor<c
 
 // out [batch, q_head, pos, dim_v]; options without a keep of their own.
 inline void quest(Tensor<const float> q, Tensor<const float> k, Tensor<const float> v, Tensor<double> out,
-                  AttentionOptions options, const QuestRule& rule, View<double, 3> lse = {}) {
-  const std::vector<std::uint8_t> keep = quest_selection(q, k, options, rule);
-  const index_t heads = q.extent[1], len_q = q.extent[2], len_k = k.extent[2];
-  options.keep = {keep.data(), {q.extent[0], heads, len_q, len_k}, {heads * len_q * len_k, len_q * len_k, len_k, 1}};
-  softmax(q, k, v, out, options, lse);
+                  const AttentionOptions& options, const QuestRule& rule, View<double, 3> lse = {}) {
+  softmax_of_kept(q, k, v, out, options, quest_selection(q, k, options, rule), lse);
 }
 
 }   // namespace FOVEA_ARCH
