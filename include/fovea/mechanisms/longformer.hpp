@@ -8,6 +8,7 @@
 // One list per 64 queries: the global keys, then the local ones that some of the 64 see. A mask cuts the window's edges row
 // by row; the global rows are gathered, attend together, and are written back.
 #pragma once
+#include "../call/in_memory.hpp"
 #include "../call/pattern_call.hpp"
 #include "../call/sparse_call.hpp"
 #include "../simd/numbers.hpp"
@@ -231,12 +232,10 @@ Status longformer_attention(const LongformerInputs& inputs, View<const std::int8
   if (total > 0) {
     if (Status s = longformer::check_global_projections(x, out, options); !s.ok()) return s;
   }
-  return door::with_memory<longformer::Memory>([&](longformer::Memory& memory) -> Status {
-    Bump size;
-    globals.carve(size, shape, total);
-    const std::span<std::byte> bytes = memory.workspace(size.used() + kAlignment);
-    if (Status s = door::check_workspace(bytes, size.used() + kAlignment); !s.ok()) return s;
-    Bump bump(aligned(bytes).data());
+  Bump size;
+  globals.carve(size, shape, total);
+  return door::in_memory<longformer::Memory>({}, size.used() + kAlignment, [&](std::span<std::byte> bytes) -> Status {
+    Bump bump(bytes.data());
     globals.carve(bump, shape, total);
     globals.list(kind);
     if (Status s = longformer::attend_local<Compiled>(x, shape, kind, window, globals, out, options); !s.ok()) return s;

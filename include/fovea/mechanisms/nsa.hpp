@@ -17,6 +17,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../call/in_memory.hpp"
 #include "../call/sparse_call.hpp"
 #include "../call/variant.hpp"
 #include "../core/key_lists.hpp"
@@ -101,17 +102,6 @@ inline Status check_nsa(const NsaShape& s) {
 namespace nsa {
 
 struct Memory : door::LocalBytes {};
-
-// Memory of the caller's, or the thread's: f(Bump).
-template <class F>
-Status with_workspace(std::span<std::byte> given, std::size_t wanted, const F& f) {
-  const auto use = [&](std::span<std::byte> bytes) -> Status {
-    if (Status s = door::check_workspace(bytes, wanted + kAlignment); !s.ok()) return s;
-    return f(aligned(bytes).data());
-  };
-  if (!given.empty()) return use(given);
-  return door::with_memory<Memory>([&](Memory& memory) { return use(memory.workspace(wanted + kAlignment)); });
-}
 
 template <class Tensor4>
 Tensor4 positions_of(Tensor4 x, index_t first, index_t count) {
@@ -214,33 +204,29 @@ Status compress(const Operand& x, const NsaShape& shape, const NsaRope& rope, co
   Bump counting;
   carve_compress(counting, shape, sizes);
   const std::size_t lane_bytes = counting.used();
-  return with_workspace({}, lane_bytes * static_cast<std::size_t>(lanes), [&](std::byte* memory) -> Status {
-    deal(executor, lanes, tasks, [&](int lane_number, index_t task) {
-      Bump bump(memory + lane_bytes * static_cast<std::size_t>(lane_number));
-      const CompressLane lane = carve_compress(bump, shape, sizes);
-      const index_t head = task / runs % heads, batch = task / runs / heads;
-      const index_t first = task % runs * sizes.run, count = std::min(sizes.run, entries - first);
-      const index_t token = first * shape.stride, tokens = (count - 1) * shape.stride + shape.block;
-      for (index_t j = 0; j < tokens; ++j) {
-        const index_t at = batch * x.stride[0] + head * x.stride[1] + (token + j) * x.stride[2];
-        read_strided(x.format, x.data + at * number, x.stride[3], sizes.dim, lane.tokens + j * sizes.dim);
-      }
-      const auto turn = [&](float* rows, index_t dim, index_t n, index_t position, index_t step) {
-        for (index_t r = 0; r < n; ++r, rows += dim, position += step)
-          rotate_rows(rope.layout, rows, dim, rows, dim, 1, rope.table->cos_at(position), rope.table->sin_at(position),
-                      rope.table->stride, rope.table->pairs, dim);
-      };
-      if (rope.order == NsaRopeOrder::rope_then_pool) turn(lane.tokens, sizes.dim, tokens, rope.position + token, 1);
-      pool(head, count, lane);
-      if (rope.order == NsaRopeOrder::pool_then_rope)
-        turn(lane.pooled, sizes.dim_out, count, rope.position + token, shape.stride);
-      for (index_t c = 0; c < count; ++c) {
-        const index_t at = batch * to.stride[0] + head * to.stride[1] + (first + c) * to.stride[2];
-        write_strided(to.format, lane.pooled + c * sizes.dim_out, sizes.dim_out, to.data + at * row_bytes(to.format, 1),
-                      to.stride[3]);
-      }
-    });
-    return {};
+  return door::deal_in_memory<Memory>(executor, lanes, tasks, {}, lane_bytes, [&](Bump bump, index_t task) {
+    const CompressLane lane = carve_compress(bump, shape, sizes);
+    const index_t head = task / runs % heads, batch = task / runs / heads;
+    const index_t first = task % runs * sizes.run, count = std::min(sizes.run, entries - first);
+    const index_t token = first * shape.stride, tokens = (count - 1) * shape.stride + shape.block;
+    for (index_t j = 0; j < tokens; ++j) {
+      const index_t at = batch * x.stride[0] + head * x.stride[1] + (token + j) * x.stride[2];
+      read_strided(x.format, x.data + at * number, x.stride[3], sizes.dim, lane.tokens + j * sizes.dim);
+    }
+    const auto turn = [&](float* rows, index_t dim, index_t n, index_t position, index_t step) {
+      for (index_t r = 0; r < n; ++r, rows += dim, position += step)
+        rotate_rows(rope.layout, rows, dim, rows, dim, 1, rope.table->cos_at(position), rope.table->sin_at(position),
+                    rope.table->stride, rope.table->pairs, dim);
+    };
+    if (rope.order == NsaRopeOrder::rope_then_pool) turn(lane.tokens, sizes.dim, tokens, rope.position + token, 1);
+    pool(head, count, lane);
+    if (rope.order == NsaRopeOrder::pool_then_rope)
+      turn(lane.pooled, sizes.dim_out, count, rope.position + token, shape.stride);
+    for (index_t c = 0; c < count; ++c) {
+      const index_t at = batch * to.stride[0] + head * to.stride[1] + (first + c) * to.stride[2];
+      write_strided(to.format, lane.pooled + c * sizes.dim_out, sizes.dim_out, to.data + at * row_bytes(to.format, 1),
+                    to.stride[3]);
+    }
   });
 }
 
@@ -728,8 +714,8 @@ Status nsa_compressed_attention(const Operand& q_any, const Kv& compressed_any, 
   nsa::CompressedRun run = nsa::compressed_run(q, compressed, out, tidy(options.lse), importance, shape, options);
   if (Status s = nsa::bind_compressed<Compiled>(run); !s.ok()) return s;
   const std::size_t bytes = nsa::compressed_bytes(run.sizes, nsa::compressed_lanes(run.sizes, options.executor));
-  return nsa::with_workspace(options.workspace, bytes, [&](std::byte* memory) -> Status {
-    nsa::run_compressed(run, memory);
+  return door::in_memory<nsa::Memory>(options.workspace, bytes + kAlignment, [&](std::span<std::byte> memory) -> Status {
+    nsa::run_compressed(run, memory.data());
     return {};
   });
 }
@@ -985,8 +971,10 @@ Status nsa_attention(const Operand& q_any, const Kv& kv, const Kv& compressed_an
     tokens = std::max(tokens, last);
   }
   const int lanes = nsa::compressed_lanes(nsa::piece_sizes(extents, shape, tokens), options.executor);
-  return nsa::with_workspace(
-      options.workspace, nsa::driver_bytes(extents, shape, tokens, lanes), [&](std::byte* begin) -> Status {
+  return door::in_memory<nsa::Memory>(
+      options.workspace, nsa::driver_bytes(extents, shape, tokens, lanes) + kAlignment,
+      [&](std::span<std::byte> workspace) -> Status {
+        std::byte* const begin = workspace.data();
         Bump bump(begin);
         const nsa::DriverMemory memory = nsa::carve_driver(bump, extents, shape, tokens);
         const index_t piece = nsa::piece_of(extents), blocks = nsa_blocks(tokens, shape);

@@ -8,6 +8,7 @@
 //   phase 2  queries behind the context attend to all keys, shard by shard. Only the last shard holds tokens behind the
 //            context.
 #pragma once
+#include "../call/in_memory.hpp"
 #include "../call/pattern_call.hpp"
 #include "../call/sparse_call.hpp"
 #include "../engine/deal.hpp"
@@ -246,12 +247,10 @@ Status sharded_attention(const Operand& q_any, std::span<const KeyShard> shards,
   const index_t sequences = options.cu_len_q.empty() ? q.extent[0] : static_cast<index_t>(options.cu_len_q.size()) - 1;
   const index_t rows = q.extent[0] * q.extent[1] * q.extent[2], dim = out.extent[3];
   const auto count = static_cast<index_t>(shards.size());
-  return door::with_memory<star::Memory>([&](star::Memory& memory) -> Status {
-    Bump size;
-    star::ShardMemory::carve(size, count, sequences, rows, dim);
-    const std::span<std::byte> bytes = memory.workspace(size.used() + kAlignment);
-    if (Status s = door::check_workspace(bytes, size.used() + kAlignment); !s.ok()) return s;
-    Bump bump(aligned(bytes).data());
+  Bump size;
+  star::ShardMemory::carve(size, count, sequences, rows, dim);
+  return door::in_memory<star::Memory>({}, size.used() + kAlignment, [&](std::span<std::byte> bytes) -> Status {
+    Bump bump(bytes.data());
     const star::ShardMemory m = star::ShardMemory::carve(bump, count, sequences, rows, dim);
     for (index_t b = 0; b < sequences; ++b) {
       const auto at = static_cast<std::size_t>(b);
