@@ -63,4 +63,28 @@ inline View<const float, 2> head_of(Tensor<const float> x, index_t b, index_t h,
       x.data + b * x.stride[0] + h * x.stride[1] + first * x.stride[2], {count, x.extent[3]}, {x.stride[2], x.stride[3]}};
 }
 
+// attend(Dense, AttentionOptions) -> its results: a sequence without keys, one with fewer keys than queries, none with queries.
+template <class Attend>
+void check_nothing_to_look_at(std::uint64_t seed, const AttentionOptions& causal, const Attend& attend) {
+  const Dense x(seed, 2, 1, 1, 20, 30, 8, 8);
+  const std::vector<index_t> len_k{0, 12};
+  AttentionOptions options = causal;
+  options.len_k = len_k;
+  const auto r = attend(x, options);
+  for (index_t i = 0; i < 20; ++i) {
+    CHECK(r.at(0, 0, i, 3) == 0);
+    CHECK(r.lse_at(0, 0, i) == -std::numeric_limits<float>::infinity());
+    CHECK((r.lse_at(1, 0, i) == -std::numeric_limits<float>::infinity()) == (i < 8));
+  }
+  CHECK(attend(Dense(seed, 1, 1, 1, 0, 30, 8, 8), causal).lse.empty());
+}
+
+// `out` holds canaries only.
+inline void check_refused(const fovea::Status& status, const Values& out, const char* words) {
+  INFO(status.message());
+  CHECK(!status.ok());
+  CHECK_THAT(status.message(), Catch::Matchers::ContainsSubstring(words));
+  CHECK(std::all_of(out.data.begin(), out.data.end(), is_canary));
+}
+
 }   // namespace test

@@ -531,28 +531,15 @@ TEST_CASE("vertical_slash: any number of lanes, any home of the keys", "[vertica
 }
 
 TEST_CASE("vertical_slash: nothing to look at", "[vertical_slash][sparse]") {
-  const Dense x(23, 2, 1, 1, 20, 30, 8, 8);
-  const std::vector<index_t> len_k{0, 12};
-  AttentionOptions options = kCausal;
-  options.len_k = len_k;
-  const Result r = attend_with(x, kSmall, options);
-  for (index_t i = 0; i < 20; ++i) {
-    CHECK(r.at(0, 0, i, 3) == 0);
-    CHECK(r.lse_at(0, 0, i) == -std::numeric_limits<float>::infinity());
-    CHECK((r.lse_at(1, 0, i) == -std::numeric_limits<float>::infinity()) == (i < 8));
-  }
-  CHECK(attend_with(Dense(23, 1, 1, 1, 0, 30, 8, 8), kSmall).lse.empty());
+  check_nothing_to_look_at(23, kCausal,
+                           [](const Dense& x, const AttentionOptions& options) { return attend_with(x, kSmall, options); });
 }
 
 TEST_CASE("vertical_slash: refusals write nothing", "[vertical_slash][sparse][errors]") {
   const Dense x(24, 1, 2, 1, 20, 30, 8, 8);
   Values out(1, 2, 20, 8, canary());
   const auto refused = [&](const VerticalSlash& rule, const AttentionOptions& options, const char* words) {
-    const fovea::Status status = fovea::vertical_slash_attention<F32>(x.q.view(), kv_of(x), out.view(), rule, options);
-    INFO(status.message());
-    CHECK(!status.ok());
-    CHECK_THAT(status.message(), Catch::Matchers::ContainsSubstring(words));
-    CHECK(std::all_of(out.data.begin(), out.data.end(), is_canary));
+    check_refused(fovea::vertical_slash_attention<F32>(x.q.view(), kv_of(x), out.view(), rule, options), out, words);
   };
   refused({}, {}, "causal");
   const std::vector<index_t> three(3, 100);

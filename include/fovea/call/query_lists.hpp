@@ -7,7 +7,7 @@
 
 #include "../core/key_lists.hpp"
 #include "../engine/deal.hpp"
-#include "call.hpp"
+#include "sparse_call.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -177,6 +177,23 @@ Status select_into(const AttentionShape& shape, const AttentionOptions& options,
     return {};
   };
   return with_list_memory(options, 0, 0, lane_bytes, use);
+}
+
+// Attention over the lists that select makes; the sparse call takes what they leave of the caller's workspace.
+template <class Compiled, class Select>
+Status attend_query_lists(const Operand& q, const Kv& kv, const Result& out, const AttentionShape& shape,
+                          const AttentionOptions& options, index_t k_block, const Select& select) {
+  return with_query_lists(shape, options, select.capacity, k_block, select.lane_bytes(), select,
+                          [&](const KeyLists& lists, std::span<std::byte> left) {
+                            AttentionOptions attend = options;
+                            attend.workspace = left;
+                            return sparse<Compiled>(q, kv, {&lists, 1}, out, attend);
+                          });
+}
+// Bytes of a workspace that the lists take.
+template <class Select>
+std::size_t query_lists_bytes(const AttentionShape& shape, const AttentionOptions& options, const Select& select) {
+  return list_memory_bytes(options, query_lists(shape, options), select.capacity, select.lane_bytes());
 }
 
 }   // namespace door

@@ -96,6 +96,43 @@ Status carve_local(LocalBytes& memory, const Carve& carve) {
   return {};
 }
 
+// f(memory of a lane, task) once for every task; carve(Bump&) lays a lane's memory out.
+template <class Carve, class F>
+Status deal_to_lanes(LocalBytes& memory, const Executor& executor, index_t tasks, const Carve& carve, const F& f) {
+  const int lanes = static_cast<int>(std::min<index_t>(executor.lanes(), std::max<index_t>(tasks, 1)));
+  Bump size;
+  carve(size);
+  const auto slice = static_cast<index_t>(size.used());
+  std::byte* bytes = nullptr;
+  if (Status s = carve_local(memory, [&](Bump& bump) { bytes = bump.take<std::byte>(slice * lanes); }); !s.ok()) return s;
+  deal(executor, lanes, tasks, [&](int lane, index_t task) {
+    Bump bump(bytes + slice * lane);
+    f(carve(bump), task);
+  });
+  return {};
+}
+
+// Lists of a rule (Lists::select, kept per thread), then attend(Local&): Local holds them as `lists`.
+template <class Compiled, class Local, class Rule, class Attend>
+Status select_and_attend(const Operand& q, const Kv& kv, const Result& out, const Rule& rule,
+                         const AttentionOptions& options, const Attend& attend) {
+  if (Status s = check_call(tidy_operand(q), tidy_kv(kv), tidy_operand(out), options); !s.ok()) return s;
+  return with_memory<Local>([&](Local& local) -> Status {
+    if (Status s = local.lists.template select<Compiled>(q, kv, rule, options); !s.ok()) return s;
+    return attend(local);
+  });
+}
+template <class Compiled, class Lists, class Rule>
+Status attend_to_selected(const Operand& q, const Kv& kv, const Result& out, const Rule& rule,
+                          const AttentionOptions& options) {
+  struct Chosen : LocalBytes {
+    Lists lists;
+  };
+  return select_and_attend<Compiled, Chosen>(q, kv, out, rule, options, [&](const Chosen& chosen) {
+    return sparse<Compiled>(q, kv, {&chosen.lists.lists(), 1}, out, options);
+  });
+}
+
 // counts[n] becomes the sum of the counts before n; one more entry holds the total.
 inline index_t counts_to_begins(index_t* counts, index_t lists) {
   index_t total = 0;

@@ -184,12 +184,7 @@ Status adamas_attention(const Operand& q_any, const Kv& kv, const View<const std
   if (Status s = door::check_data("codes", codes, bytes); !s.ok()) return s;
   if (Status s = door::check_learned("codes", bytes, out, options); !s.ok()) return s;
   const adamas_codes::Selector select = adamas_codes::selector(q, codes, shape, options, adamas);
-  return door::with_query_lists(shape, options, select.capacity, 1, select.lane_bytes(), select,
-                                [&](const KeyLists& lists, std::span<std::byte> left) {
-                                  AttentionOptions attend = options;
-                                  attend.workspace = left;
-                                  return door::sparse<Compiled>(q, kv, {&lists, 1}, out, attend);
-                                });
+  return door::attend_query_lists<Compiled>(q, kv, out, shape, options, 1, select);
 }
 template <class TK, class TV>
 Status adamas_attention(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v,
@@ -204,8 +199,7 @@ inline std::size_t adamas_workspace_bytes(const AttentionShape& shape, const Att
                                           const AdamasOptions& adamas = {}) {
   Operand q;
   q.extent[3] = shape.dim_qk;
-  const adamas_codes::Selector select = adamas_codes::selector(q, {}, shape, options, adamas);
-  return door::list_memory_bytes(options, door::query_lists(shape, options), select.capacity, select.lane_bytes());
+  return door::query_lists_bytes(shape, options, adamas_codes::selector(q, {}, shape, options, adamas));
 }
 
 }   // namespace FOVEA_ARCH

@@ -225,18 +225,12 @@ Status FlexPrefillLists::select(const Operand& q, const Kv& kv, const FlexPrefil
     if (Status status = column_sums<Compiled>(last, kv, {keys_, distances_}, of_sums); !status.ok()) return status;
   }
 
-  const int lanes = static_cast<int>(std::min<index_t>(options.executor.lanes(), std::max<index_t>(heads, 1)));
-  Bump lane_size;
-  carve_lane(lane_size, s);
-  std::byte* lane_bytes = nullptr;
-  const auto carve_lanes = [&](Bump& bump) {
-    lane_bytes = bump.take<std::byte>(static_cast<index_t>(lane_size.used()) * lanes);
+  const auto carve_own = [&](Bump& bump) { return carve_lane(bump, s); };
+  const auto choose_head = [&](const auto& memory, index_t task) {
+    choose(s, keys, rule, scale_of(options, s.shape.dim_qk), task / heads_, task % heads_, memory);
   };
-  if (Status status = door::carve_local(lane_memory_, carve_lanes); !status.ok()) return status;
-  deal(options.executor, lanes, heads, [&](int lane, index_t task) {
-    Bump bump(lane_bytes + lane_size.used() * static_cast<std::size_t>(lane));
-    choose(s, keys, rule, scale_of(options, s.shape.dim_qk), task / heads_, task % heads_, carve_lane(bump, s));
-  });
+  if (Status status = door::deal_to_lanes(lane_memory_, options.executor, heads, carve_own, choose_head); !status.ok())
+    return status;
 
   double named = 0, all = 0;
   for (index_t list = 0; list < lists; ++list) {
@@ -264,15 +258,7 @@ Status FlexPrefillLists::select(const Operand& q, const Kv& kv, const FlexPrefil
 template <class Compiled = AllFormats>
 Status flex_prefill(const Operand& q, const Kv& kv, const Result& out, const FlexPrefill& rule = {},
                     const AttentionOptions& options = {}) {
-  struct Local : door::LocalBytes {
-    FlexPrefillLists lists;
-  };
-  if (Status s = door::check_call(door::tidy_operand(q), door::tidy_kv(kv), door::tidy_operand(out), options); !s.ok())
-    return s;
-  return door::with_memory<Local>([&](Local& local) {
-    if (Status s = local.lists.template select<Compiled>(q, kv, rule, options); !s.ok()) return s;
-    return door::sparse<Compiled>(q, kv, {&local.lists.lists(), 1}, out, options);
-  });
+  return door::attend_to_selected<Compiled, FlexPrefillLists>(q, kv, out, rule, options);
 }
 template <class TK, class TV>
 Status flex_prefill(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, const Result& out,

@@ -198,12 +198,7 @@ Status quest_attention(const Operand& q_any, const Kv& kv, const Operand& bounds
   if (Status s = door::check_data("bounds", bounds, bytes); !s.ok()) return s;
   if (Status s = door::check_learned("bounds", bytes, out, options); !s.ok()) return s;
   const quest_bounds::Selector select = quest_bounds::selector(q, bounds, shape, options, quest);
-  return door::with_query_lists(shape, options, select.capacity, quest.page, select.lane_bytes(), select,
-                                [&](const KeyLists& lists, std::span<std::byte> left) {
-                                  AttentionOptions attend = options;
-                                  attend.workspace = left;
-                                  return door::sparse<Compiled>(q, kv, {&lists, 1}, out, attend);
-                                });
+  return door::attend_query_lists<Compiled>(q, kv, out, shape, options, quest.page, select);
 }
 template <class TK, class TV>
 Status quest_attention(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, const Operand& bounds,
@@ -217,8 +212,7 @@ inline std::size_t quest_workspace_bytes(const AttentionShape& shape, const Atte
                                          const QuestOptions& quest = {}) {
   Operand q;
   q.extent[3] = shape.dim_qk;
-  const quest_bounds::Selector select = quest_bounds::selector(q, {}, shape, options, quest);
-  return door::list_memory_bytes(options, door::query_lists(shape, options), select.capacity, select.lane_bytes());
+  return door::query_lists_bytes(shape, options, quest_bounds::selector(q, {}, shape, options, quest));
 }
 
 }   // namespace FOVEA_ARCH

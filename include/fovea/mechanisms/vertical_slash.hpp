@@ -338,19 +338,8 @@ Status VerticalSlashLists::select(const Operand& q, const Kv& kv, const Vertical
     return status;
 
   const index_t tasks = s.sequences * heads_;
-  const int lanes = static_cast<int>(std::min<index_t>(options.executor.lanes(), std::max<index_t>(tasks, 1)));
-  Bump lane_size;
-  carve_lane(lane_size, s);
-  std::byte* lane_bytes = nullptr;
-  if (Status status = door::carve_local(
-          lane_memory_,
-          [&](Bump& bump) { lane_bytes = bump.take<std::byte>(static_cast<index_t>(lane_size.used()) * lanes); });
-      !status.ok())
-    return status;
   const float scale = scale_of(options, s.shape.dim_qk);
-  deal(options.executor, lanes, tasks, [&](int lane, index_t task) {
-    Bump bump(lane_bytes + lane_size.used() * static_cast<std::size_t>(lane));
-    const vertical_slash::LaneMemory memory = carve_lane(bump, s);
+  const auto find_lines = [&](const vertical_slash::LaneMemory& memory, index_t task) {
     const index_t b = task / heads_, head = task % heads_;
     const Sequence& sequence = s.sequence(b);
     Lines& lines = lines_[task];
@@ -362,7 +351,10 @@ Status VerticalSlashLists::select(const Operand& q, const Kv& kv, const Vertical
                              vertical_slash::kForcedSlashes, lines.slashes, memory.top_k);
     lines.group_count =
         vertical_slash::group_slashes({lines.slashes, static_cast<std::size_t>(lines.slash_count)}, lines.groups);
-  });
+  };
+  const auto carve = [&](Bump& bump) { return carve_lane(bump, s); };
+  if (Status status = door::deal_to_lanes(lane_memory_, options.executor, tasks, carve, find_lines); !status.ok())
+    return status;
   return write_lists(s, options.executor);
 }
 
@@ -614,10 +606,7 @@ Status vertical_slash_attention(const Operand& q, const Kv& kv, const Result& ou
     VerticalSlashLists lists;
     vertical_slash::Apart apart;
   };
-  if (Status s = door::check_call(door::tidy_operand(q), door::tidy_kv(kv), door::tidy_operand(out), options); !s.ok())
-    return s;
-  return door::with_memory<Local>([&](Local& local) {
-    if (Status s = local.lists.template select<Compiled>(q, kv, rule, options); !s.ok()) return s;
+  return door::select_and_attend<Compiled, Local>(q, kv, out, rule, options, [&](Local& local) {
     local.apart.lists = &local.lists;
     if (local.apart.serves(q, kv, options)) return local.apart.template run<Compiled>(q, kv, out, options);
     return door::sparse<Compiled>(q, kv, local.lists.lists(), out, options);

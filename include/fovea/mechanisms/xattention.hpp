@@ -322,30 +322,23 @@ Status XAttentionLists::select(const Operand& q, const Kv& kv, const XAttention&
   std::fill_n(begins_, lists + 1, index_t{0});
 
   const index_t tasks = s.sequences * heads_ * head_tasks_;
-  const int lanes = static_cast<int>(std::min<index_t>(options.executor.lanes(), std::max<index_t>(tasks, 1)));
-  Bump lane_size;
-  carve_lane(lane_size, s);
-  std::byte* lane_bytes = nullptr;
-  const auto carve_lanes = [&](Bump& bump) {
-    lane_bytes = bump.take<std::byte>(static_cast<index_t>(lane_size.used()) * lanes);
-  };
-  if (Status status = door::carve_local(lane_memory_, carve_lanes); !status.ok()) return status;
   const float scale = scale_of(options, s.shape.dim_qk) / static_cast<float>(stride_) * kLog2e;
   // The last rows of a head see the most columns: they come first, so that no lane is left alone with them.
-  deal(options.executor, lanes, tasks, [&](int lane, index_t task) {
+  const auto choose_part = [&](const strided::LaneMemory& memory, index_t task) {
     const index_t of_head = head_tasks_ - 1 - task / (s.sequences * heads_), which = task % (s.sequences * heads_);
     const index_t b = which / heads_, head = which % heads_;
     const Sequence& sequence = s.sequence(b);
     const index_t first = of_head * task_blocks_ * (block_ / stride_);
     const index_t rows = std::min(task_blocks_ * (block_ / stride_), (sequence.len_q + stride_ - 1) / stride_ - first);
     if (rows <= 0) return;
-    Bump bump(lane_bytes + lane_size.used() * static_cast<std::size_t>(lane));
-    const strided::LaneMemory memory = carve_lane(bump, s);
     const index_t base = sequence.pos / stride_ - (sequence.pos % stride_ < 0 ? 1 : 0);
     const strided::Rows part{b, head, first, rows, base};
     score_rows(s, part, scale, memory);
     choose_blocks(s, part, threshold_of(head), memory);
-  });
+  };
+  const auto carve = [&](Bump& bump) { return carve_lane(bump, s); };
+  if (Status status = door::deal_to_lanes(lane_memory_, options.executor, tasks, carve, choose_part); !status.ok())
+    return status;
   return write_lists(s, options.executor);
 }
 
@@ -355,15 +348,7 @@ Status XAttentionLists::select(const Operand& q, const Kv& kv, const XAttention&
 template <class Compiled = AllFormats>
 Status xattention(const Operand& q, const Kv& kv, const Result& out, const XAttention& rule = {},
                   const AttentionOptions& options = {}) {
-  struct Local : door::LocalBytes {
-    XAttentionLists lists;
-  };
-  if (Status s = door::check_call(door::tidy_operand(q), door::tidy_kv(kv), door::tidy_operand(out), options); !s.ok())
-    return s;
-  return door::with_memory<Local>([&](Local& local) {
-    if (Status s = local.lists.template select<Compiled>(q, kv, rule, options); !s.ok()) return s;
-    return door::sparse<Compiled>(q, kv, {&local.lists.lists(), 1}, out, options);
-  });
+  return door::attend_to_selected<Compiled, XAttentionLists>(q, kv, out, rule, options);
 }
 template <class TK, class TV>
 Status xattention(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, const Result& out,
