@@ -260,7 +260,7 @@ class LevelTask {
     for (index_t reader = 0; reader < level_readers(run_); ++reader) {
       const float* const q = m_.token_q + reader * dim_;
       step_dots<kPanelVectors>(panel.data, panel.stride, run_.shape.dim_k,
-                               kDelta && reader == 0 ? m_.token_removal : nullptr, q, m_.token_p, m_.token_y);
+                               kDelta && reader == 0 ? m_.token_removal : nullptr, q, m_.token_p, m_.token_y, 0);
       const f32 passes(alpha * lambda), writes(kDelta ? lambda * dot(m_.token_k, q) : 0.f);
       float* const out = m_.token_out + reader * kPanel;
       for (index_t n = 0; n < kPanel; n += kLanes) {

@@ -39,9 +39,11 @@ struct StepRows {
 };
 
 // p and y of `Vectors` vectors of columns: one sweep over the rows of a K-first tile.
+// ahead: bytes from a row to what the next tile reads in its place. This sweep asks for half of it and the update for the
+// other half, so that memory is never without a request for long.
 template <int Vectors>
 FOVEA_INLINE void step_dots(const float* state, index_t stride, index_t dim_k, const float* removal, const float* read, float* p,
-                            float* y) {
+                            float* y, index_t ahead) {
   f32 sum_p[Vectors], sum_y[Vectors];
   FOVEA_UNROLL
   for (int n = 0; n < Vectors; ++n) sum_p[n] = sum_y[n] = f32(0.f);
@@ -49,6 +51,7 @@ FOVEA_INLINE void step_dots(const float* state, index_t stride, index_t dim_k, c
     const f32 by_p(removal == nullptr ? 0.f : removal[d]), by_y(read[d]);
     FOVEA_UNROLL
     for (int n = 0; n < Vectors; ++n) {
+      if (n < Vectors / 2) prefetch_l2(reinterpret_cast<const std::byte*>(state + n * kLanes), ahead);   // L1 holds the tile in work
       const f32 s = load(state + n * kLanes);
       if (removal != nullptr) sum_p[n] = fma(s, by_p, sum_p[n]);
       sum_y[n] = fma(s, by_y, sum_y[n]);
@@ -62,7 +65,6 @@ FOVEA_INLINE void step_dots(const float* state, index_t stride, index_t dim_k, c
 }
 
 // to = Diag(alpha) from + k w' + b p'.
-// ahead: bytes from a row to what the next tile reads in its place.
 template <int Vectors>
 FOVEA_INLINE void step_update(const float* from, index_t from_stride, index_t dim_k, const StepRows& rows, const float* w,
                               const float* p, float* to, index_t to_stride, index_t ahead) {
@@ -76,7 +78,7 @@ FOVEA_INLINE void step_update(const float* from, index_t from_stride, index_t di
     const f32 alpha(rows.alpha[d]), k(rows.k[d]);
     FOVEA_UNROLL
     for (int n = 0; n < Vectors; ++n) {
-      prefetch_l2(reinterpret_cast<const std::byte*>(from + n * kLanes), ahead);   // L1 holds the tile in work
+      if (n >= Vectors / 2) prefetch_l2(reinterpret_cast<const std::byte*>(from + n * kLanes), ahead);
       f32 s = load(from + n * kLanes) * alpha;
       if (rows.b != nullptr) s = fma(removed[n], f32(rows.b[d]), s);
       store(to + n * kLanes, fma(written[n], k, s));
@@ -129,15 +131,19 @@ class StepTask {
 
   void operator()(index_t task) {
     place_ = task_place(run_, task);
-    head_ = place_.group;
     first_ = place_.first_panel * kPanel;
     columns_ = std::min(run_.shape.dim_v - first_, place_.panels * kPanel);
     float* const panels = in_place_ ? nullptr : m_.state;
     float* const key_sum = CloseOf::divides ? m_.key_sum : nullptr;
-    load_state(run_, place_, head_, panels, key_sum);
-    if (in_place_) copy_in_place();
-    for (index_t t = place_.tokens.begin; t < place_.tokens.end; ++t) token(t);
-    store_state(run_, place_, head_, panels, key_sum);
+    const index_t group = group_size(run_, place_.group);
+    for (index_t member = 0; member < group; ++member) {
+      head_ = state_head(run_, place_.group, member);
+      next_head_ = member + 1 < group ? state_head(run_, place_.group, member + 1) : head_;
+      load_state(run_, place_, head_, panels, key_sum);
+      if (in_place_) copy_in_place();
+      for (index_t t = place_.tokens.begin; t < place_.tokens.end; ++t) token(t);
+      store_state(run_, place_, head_, panels, key_sum);
+    }
   }
 
  private:
@@ -275,18 +281,20 @@ class StepTask {
       for (int i = 0; i < Vectors; ++i) combine(rows, n + i * kLanes);
       return;
     }
-    step_dots<Vectors>(s, stride, run_.shape.dim_k, kRemoves ? rows.removal : nullptr, rows.read, m_.p + n, m_.out + n);
+    const index_t ahead = next_tile<Vectors>(n);
+    step_dots<Vectors>(s, stride, run_.shape.dim_k, kRemoves ? rows.removal : nullptr, rows.read, m_.p + n, m_.out + n, ahead);
     FOVEA_UNROLL
     for (int i = 0; i < Vectors; ++i) combine(rows, n + i * kLanes);
-    if (last) step_update<Vectors>(s, stride, run_.shape.dim_k, rows, m_.w + n, m_.p + n, s, stride, next_tile<Vectors>(n));
+    if (last) step_update<Vectors>(s, stride, run_.shape.dim_k, rows, m_.w + n, m_.p + n, s, stride, ahead);
   }
 
-  // Bytes to the tile after this one: the columns to the right, or the first ones of the next head.
+  // Bytes to the tile after this one: the columns to the right, or the first ones of the next head of the task. Never those of
+  // another task: its lane is writing them, and two cores that fetch each other's lines were no faster than one.
   template <int Vectors>
   index_t next_tile(index_t n) const {
     if (!in_place_) return 0;
     const index_t step = Vectors * kLanes;
-    const index_t to = n + 2 * step <= columns_ ? step : run_.final_state.stride[1] - n;
+    const index_t to = n + 2 * step <= columns_ ? step : (next_head_ - head_) * run_.final_state.stride[1] - n;
     return to * static_cast<index_t>(sizeof(float));
   }
 
@@ -393,7 +401,7 @@ class StepTask {
   const bool in_place_;
   TaskPlace place_{};
   ChunkPlace at_{};
-  index_t head_ = 0, first_ = 0, columns_ = 0;
+  index_t head_ = 0, next_head_ = 0, first_ = 0, columns_ = 0;
 };
 
 }   // namespace FOVEA_ARCH

@@ -57,6 +57,10 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOpti
       plan.group = std::clamp<index_t>(fair, 1, plan.group);
     }
     if (plan.group > sharing) plan.group = plan.group / sharing * sharing;
+  } else if (plan.form == RecurrentForm::step) {
+    // Heads that follow each other in memory, so that the next state can be fetched while one is worked on.
+    const index_t fair = shape.sequences * shape.state_heads / (2 * wanted);
+    plan.group = std::clamp<index_t>(fair, 1, shape.state_heads);
   }
   plan.groups = (shape.state_heads + plan.group - 1) / plan.group;
   // Value tiles only where heads are too few to give each lane two tasks; and not where a key sum is updated in place, which

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What tokens write into the state.
 #pragma once
+#include "../../simd/simd.hpp"
 #include "../chunk_policies.hpp"
 
 namespace fovea {
@@ -51,7 +52,9 @@ struct LowRank {
   static void copy(const View<const float, 4>& x, const ChunkPlace& place, index_t stride, float* to) {
     const float* from = row_at(x, place);
     for (index_t i = 0; i < place.count; ++i, from += x.stride[2]) {
-      for (index_t d = 0; d < x.extent[3]; ++d) to[i * stride + d] = from[d * x.stride[3]];
+      index_t d = 0;
+      for (; x.stride[3] == 1 && d + kLanes <= x.extent[3]; d += kLanes) store(to + i * stride + d, load(from + d));
+      for (; d < x.extent[3]; ++d) to[i * stride + d] = from[d * x.stride[3]];
     }
   }
 };
@@ -65,7 +68,13 @@ struct RatedRemoval {
     const float* direction = row_at(kappa, place);
     const float* much = row_at(rate, place);
     for (index_t i = 0; i < place.count; ++i, direction += kappa.stride[2], much += rate.stride[2]) {
-      for (index_t d = 0; d < kappa.extent[3]; ++d) {
+      index_t d = 0;
+      for (; kappa.stride[3] == 1 && rate.stride[3] == 1 && d + kLanes <= kappa.extent[3]; d += kLanes) {
+        const f32 x = load(direction + d);
+        store(a_rows + i * stride + d, x);
+        store(b_rows + i * stride + d, f32(0.f) - x * load(much + d));
+      }
+      for (; d < kappa.extent[3]; ++d) {
         const float x = direction[d * kappa.stride[3]];
         a_rows[i * stride + d] = x;
         b_rows[i * stride + d] = -x * much[d * rate.stride[3]];
