@@ -122,22 +122,22 @@ struct Packed {
         q(numbers(kTileRows * dim, seed)),
         k(numbers(keys * dim, seed + 1)),
         v(numbers(keys * dim, seed + 2)),
-        q_panel(poisoned_pairs(Bf16Panels::query_size(dim))),
-        k_panels(poisoned_pairs(Bf16Panels::key_size(dim, panel_stride / kPanel))),
-        v_panels(poisoned_pairs(Bf16Panels::value_size(dim, panel_stride / kPanel))) {
+        q_panel(poisoned_pairs(DotBf16Panels::query_size(dim))),
+        k_panels(poisoned_pairs(DotBf16Panels::key_size(dim, panel_stride / kPanel))),
+        v_panels(poisoned_pairs(DotBf16Panels::value_size(dim, panel_stride / kPanel))) {
     const Rows key_rows = stored_floats(k, dim, keys), value_rows = stored_floats(v, dim, keys);
-    Bf16Panels::pack_keys(FloatRows{}, key_rows.all, dim, 0, k_panels.data());
-    CHECK(Bf16Panels::pack_values(FloatRows{}, value_rows.all, dim, 0, v_panels.data(), panel_stride));
+    DotBf16Panels::pack_keys(FloatRows{}, key_rows.all, dim, 0, k_panels.data());
+    CHECK(DotBf16Panels::pack_values(FloatRows{}, value_rows.all, dim, 0, v_panels.data(), panel_stride));
     pack_queries(kTileRows);
   }
   void pack_queries(index_t rows) {
     const float* from[kTileRows] = {};
     for (index_t r = 0; r < rows; ++r) from[r] = q.data() + r * dim;
-    Bf16Panels::pack_queries(from, rows, 1, dim, 0.f, q_panel.data());
+    DotBf16Panels::pack_queries(from, rows, 1, dim, 0.f, q_panel.data());
   }
   std::vector<float> scores(index_t rows, index_t begin, index_t end, float scale) const {
     std::vector<float> s = filled(kTileRows * kScoreStride, kNan);
-    Bf16Panels::scores(rows, begin, end, q_panel.data(), k_panels.data(), dim, scale, s.data());
+    DotBf16Panels::scores(rows, begin, end, q_panel.data(), k_panels.data(), dim, scale, s.data());
     return s;
   }
 };
@@ -297,14 +297,14 @@ TEST_CASE("bf16 weights: every row count, dim and key range, against double and 
           for (index_t j = begin; j < end; ++j) p[at(r * kScoreStride + j)] = weights[at(r * kScoreStride + j)];
         for (index_t j = 0; j < keys; ++j)
           for (index_t d = 0; d < dim && (j < begin || j >= end); ++d) v[at(j * dim + d)] = j % 3 == 0 ? kInf : kNan;
-        std::vector<bf16> panels = poisoned_pairs(Bf16Panels::value_size(dim, tile.panel_stride / kPanel));
+        std::vector<bf16> panels = poisoned_pairs(DotBf16Panels::value_size(dim, tile.panel_stride / kPanel));
         const Rows stored_values = stored_floats(v, dim, keys);
         const index_t packed_from = round % 2 == 0 ? 0 : begin;   // nothing at all was packed before an odd first key
-        CHECK(Bf16Panels::pack_values(FloatRows{}, stored_values.part(packed_from, keys - packed_from), dim, packed_from,
-                                      panels.data(), tile.panel_stride) == (packed_from == begin && end == keys));
+        CHECK(DotBf16Panels::pack_values(FloatRows{}, stored_values.part(packed_from, keys - packed_from), dim, packed_from,
+                                         panels.data(), tile.panel_stride) == (packed_from == begin && end == keys));
         std::vector<float> acc = start;
-        Bf16Panels::weigh(rows, begin, end, p.data(), panels.data(), tile.panel_stride, dim, rescale.data(), acc.data(),
-                          acc_stride);
+        DotBf16Panels::weigh(rows, begin, end, p.data(), panels.data(), tile.panel_stride, dim, rescale.data(), acc.data(),
+                             acc_stride);
         index_t wrong_bits = 0;
         double worst = 0;
         for (index_t r = 0; r < rows; ++r) {
@@ -356,14 +356,14 @@ TEST_CASE("bf16 panels have the same bits from one segment or many, from fp32 or
                codes = stored(scaled.data(), 4 * (dim + 1), keys);
     for (const index_t first : {0, 1, 2, 15, 17}) {
       const auto pack = [&](const auto& codec, const Rows& rows, bool cut) {
-        std::vector<bf16> panels = poisoned_pairs(Bf16Panels::key_size(dim, 3 * kPanel));
+        std::vector<bf16> panels = poisoned_pairs(DotBf16Panels::key_size(dim, 3 * kPanel));
         const index_t key_elements = static_cast<index_t>(panels.size());
-        panels.resize(panels.size() + at(Bf16Panels::value_size(dim, 3 * kPanel)), bf16{0x7fc1});
+        panels.resize(panels.size() + at(DotBf16Panels::value_size(dim, 3 * kPanel)), bf16{0x7fc1});
         for (index_t key = 0; key < keys;) {
           const index_t count = cut ? std::min(random.between(1, random.pick({1, 2, 9, 40})), keys - key) : keys;
-          Bf16Panels::pack_keys(codec, rows.part(key, count), dim, first + key, panels.data());
-          CHECK(
-              Bf16Panels::pack_values(codec, rows.part(key, count), dim, first + key, panels.data() + key_elements, stride));
+          DotBf16Panels::pack_keys(codec, rows.part(key, count), dim, first + key, panels.data());
+          CHECK(DotBf16Panels::pack_values(codec, rows.part(key, count), dim, first + key, panels.data() + key_elements,
+                                           stride));
           key += count;
         }
         return panels;
@@ -379,7 +379,7 @@ TEST_CASE("bf16 panels have the same bits from one segment or many, from fp32 or
       CHECK(equal(pack(ScaledRows{}, codes, true)));
 
       index_t wrong = 0;
-      const index_t value_base = Bf16Panels::key_size(dim, 3 * kPanel), even_dim = (dim + 1) / 2 * 2;
+      const index_t value_base = DotBf16Panels::key_size(dim, 3 * kPanel), even_dim = (dim + 1) / 2 * 2;
       for (index_t j = 0; j < keys; ++j) {
         const index_t column = first + j;
         for (index_t d = 0; d < even_dim; ++d) {
@@ -406,9 +406,9 @@ TEST_CASE("bf16 queries: strided rows, spare rows and the last odd number are ze
       for (const index_t rows : {index_t{1}, index_t{5}, kTileRows}) {
         const float* from[kTileRows] = {};
         for (index_t r = 0; r < rows; ++r) from[r] = q.data() + r * dim * element_stride;
-        const index_t size = Bf16Panels::query_size(dim);
+        const index_t size = DotBf16Panels::query_size(dim);
         std::vector<bf16> panel = poisoned_pairs(size + 8);
-        Bf16Panels::pack_queries(from, rows, element_stride, dim, kNan, panel.data());
+        DotBf16Panels::pack_queries(from, rows, element_stride, dim, kNan, panel.data());
         index_t wrong = 0;
         for (index_t d = 0; d < (dim + 1) / 2 * 2; ++d) {
           for (index_t r = 0; r < kTileRows; ++r) {
@@ -426,7 +426,7 @@ TEST_CASE("bf16 queries: strided rows, spare rows and the last odd number are ze
 
 TEST_CASE("a value that is not finite as bf16 is noticed while packing") {
   const index_t dim = 37, keys = 9;
-  std::vector<bf16> to = poisoned_pairs(Bf16Panels::value_size(dim, kPanel));
+  std::vector<bf16> to = poisoned_pairs(DotBf16Panels::value_size(dim, kPanel));
   for (const float bad : {kNan, kInf, -kInf, std::numeric_limits<float>::max()}) {   // the last is rounded to infinity
     for (const index_t where : {index_t{0}, dim - 1, 3 * dim + 16, 4 * dim + 33, keys * dim - 1}) {
       for (const index_t first : {0, 1}) {
@@ -434,8 +434,9 @@ TEST_CASE("a value that is not finite as bf16 is noticed while packing") {
         v[0] = 0x1.fep127f;   // the largest bf16
         const auto pack_both = [&] {
           const Rows floats = stored_floats(v, dim, keys), halves = stored_bf16(v, dim, keys);
-          const bool from_floats = Bf16Panels::pack_values(FloatRows{}, floats.all, dim, first, to.data(), kPanel * kPanel);
-          const bool from_bf16 = Bf16Panels::pack_values(Bf16Rows{}, halves.all, dim, first, to.data(), kPanel * kPanel);
+          const bool from_floats =
+              DotBf16Panels::pack_values(FloatRows{}, floats.all, dim, first, to.data(), kPanel * kPanel);
+          const bool from_bf16 = DotBf16Panels::pack_values(Bf16Rows{}, halves.all, dim, first, to.data(), kPanel * kPanel);
           CHECK(from_floats == from_bf16);
           return from_floats;
         };

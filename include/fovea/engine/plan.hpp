@@ -12,7 +12,7 @@
 #include "../core/shapes.hpp"
 #include "../core/status.hpp"
 #include "../core/workspace.hpp"
-#include "../simd/gemm.hpp"
+#include "../simd/tiles.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -89,7 +89,7 @@ class Plan {
   Status build_together(const PlanRequest& request, index_t rows);
 
   index_t group() const { return request.q_heads / request.kv_heads; }
-  index_t group_rows(Regime regime) const { return regime == Regime::decode ? kDecodeRows : kTileRows; }
+  index_t group_rows(Regime regime) const { return regime == Regime::decode ? kDecodeRows : packed_rows(request.panels); }
   // Positions of a row, its keys before any mask: hull of the reach, clipped to the sequence.
   index_t first_key(const Sequence& sequence, index_t pos) const {
     return std::clamp<index_t>(pos - request.reach.left, 0, sequence.len_k);
@@ -126,7 +126,7 @@ class Plan {
   }
   // Rows of a block that holds whole lists: cap rows at most, in groups, and about a count-th of all.
   index_t lists_together(index_t rows, index_t cap, index_t count) const {
-    const index_t most = std::max<index_t>(cap / padded(list_rows, kTileRows), 1);
+    const index_t most = std::max<index_t>(cap / padded(list_rows, group_rows(Regime::prefill)), 1);
     return std::min(most, (rows + count * list_rows - 1) / (count * list_rows)) * list_rows;
   }
   // Rows of a block in groups, none of which holds rows of two lists.
@@ -139,8 +139,8 @@ class Plan {
 // One lane's slice of the workspace. Filled by the same code that counts its bytes.
 struct LaneMemory {
   Row* rows;                 // [max_rows]
-  float* staging;            // [kTileRows, padded dim_qk]  queries that are not stored as f32
-  float* queries;            // packed [row group, dim_qk, kTileRows], decode [row, padded dim_qk]
+  float* staging;            // [row of a group, padded dim_qk]  queries that are not stored as f32
+  float* queries;            // packed [row group, dim_qk, row of a group], decode [row, padded dim_qk]
   float* keys;               // [panel, dim_qk, kPanel]
   float* values;             // [panel, key_tile, kPanel]
   float* scores;             // [row of a group, kScoreStride]
@@ -160,7 +160,7 @@ inline constexpr index_t kGatherRows = 16;       // scattered rows that are copi
 constexpr index_t gathered_row(index_t dim) { return padded(8 * dim + 128, 64); }
 
 inline constexpr index_t kStateBytes = 32;   // of a row's normaliser; the workspace's size is known before the policies are
-inline constexpr index_t kGroupRows = std::max(kTileRows, kDecodeRows);
+inline constexpr index_t kGroupRows = std::max({kTileRows, kDecodeRows, kHasTiles ? kTileStep : 0});
 
 inline index_t acc_stride(const Plan& plan) { return padded(plan.request.dim_v, kLanes); }
 inline index_t query_stride(const Plan& plan) { return padded(plan.request.dim_qk, kLanes); }
@@ -170,9 +170,9 @@ inline LaneMemory carve_lane(Bump& bump, const Plan& plan) {
   const index_t rows = plan.max_rows, tile = plan.has_packed ? plan.key_tile_size : 0;
   LaneMemory memory{};
   memory.rows = bump.take<Row>(rows);
-  memory.staging = bump.take<float>(kTileRows * query_stride(plan));
+  memory.staging = bump.take<float>(kGroupRows * query_stride(plan));
   memory.queries = bump.take<float>(rows * query_stride(plan));
-  memory.keys = bump.take<float>(tile * r.dim_qk);
+  memory.keys = bump.take<float>(tile * query_stride(plan));
   memory.values = bump.take<float>(tile * padded(r.dim_v, kPanel));
   memory.scores = bump.take<float>(kGroupRows * kScoreStride);
   memory.rescale = bump.take<float>(kGroupRows);
@@ -250,7 +250,8 @@ Status Plan::build_tasks(index_t apart, const KeysOf& keys_of) {
   // so they may be larger than the L2 that the K and V panels must stay in: dim 128 runs 1 % faster with 1024 rows than with
   // 512, 3 % faster than with 264. At least four blocks a lane, where the rows allow it.
   const index_t row_bytes = 4 * (query_stride(*this) + acc_stride(*this));
-  const index_t row_cap = std::clamp(request.cpu.l2_bytes / row_bytes, kTileRows, index_t{1024}) / kTileRows * kTileRows;
+  const index_t tile_rows = group_rows(Regime::prefill);
+  const index_t row_cap = std::clamp(request.cpu.l2_bytes / row_bytes, tile_rows, index_t{1024}) / tile_rows * tile_rows;
   const index_t heads = std::max<index_t>(static_cast<index_t>(sequences.size()) * request.kv_heads, 1);
   const index_t blocks_wanted = request.lanes > 1 ? (4 * request.lanes + heads - 1) / heads : 1;
 
@@ -272,10 +273,10 @@ Status Plan::build_tasks(index_t apart, const KeysOf& keys_of) {
           // What a block of up to 1024 rows reaches, in whole key tiles.
           const index_t reached = request.reach.left + request.reach.right + 2 * key_tile_size + 1024 / group();
           const index_t kept = kStripBytes / (4 * std::max(std::min(sequence.len_k, reached), key_tile_size));
-          cap = std::clamp(kept / kTileRows * kTileRows, std::min(kTileRows, cap), cap);
+          cap = std::clamp(kept / tile_rows * tile_rows, std::min(tile_rows, cap), cap);
         }
         const index_t wanted = (blocks_wanted + lists - 1) / lists;
-        const index_t count = std::max((rows + cap - 1) / cap, std::min(wanted, (rows + kTileRows - 1) / kTileRows));
+        const index_t count = std::max((rows + cap - 1) / cap, std::min(wanted, (rows + tile_rows - 1) / tile_rows));
         const index_t step = list_rows == PTRDIFF_MAX ? padded((rows + count - 1) / count, group_rows(regime))
                                                       : lists_together(rows, cap, count);
         for (index_t begin = list_begin; begin < list_begin + rows; begin += step) {
@@ -354,19 +355,20 @@ inline std::string Plan::describe() const {
                              : wide_blocks == all               ? "wide decode (K and V packed per key tile, keys split)"
                              : decode_blocks + wide_blocks == 0 ? "prefill (K and V packed per key tile)"
                                                                 : "mixed, by the rows of each sequence";
+  const char* const panels = request.panels == Panels::f32 ? "f32" : tiles_allowed() ? "bf16 (AMX)" : "bf16";
   char text[640];
   std::snprintf(text, sizeof text,
                 "regime      %s\n"
                 "heads       %td query, %td kv (group %td), dims %td/%td\n"
-                "tiles       %td rows x %td keys, kernel %td x %td\n"
+                "tiles       %td rows x %td keys, %s panels\n"
                 "tasks       %zu tasks in %zu blocks of up to %td rows, %zu sequences\n"
                 "key splits  %td blocks split, at most %td splits of %td keys\n"
                 "isa         " FOVEA_ARCH_NAME
                 "\n"
                 "workspace   %zu bytes for %d lanes\n",
-                regime, request.q_heads, request.kv_heads, group(), request.dim_qk, request.dim_v, kTileRows, key_tile_size,
-                kTileRows, kPanel, tasks.size(), blocks.size(), max_rows, sequences.size(), split_blocks, most_splits,
-                kSplitKeys, workspace_bytes(request.lanes), request.lanes);
+                regime, request.q_heads, request.kv_heads, group(), request.dim_qk, request.dim_v,
+                group_rows(Regime::prefill), key_tile_size, panels, tasks.size(), blocks.size(), max_rows, sequences.size(),
+                split_blocks, most_splits, kSplitKeys, workspace_bytes(request.lanes), request.lanes);
   return text;
 }
 

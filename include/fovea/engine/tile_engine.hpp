@@ -260,7 +260,7 @@ class TileRun {
       reach_ = {std::min(reach_.begin, memory_.hulls[2 * g]), std::max(reach_.end, memory_.hulls[2 * g + 1])};
       if (packed()) {
         if (g + 1 < groups()) fetch_queries(rows_of(g + 1));
-        const float* from[kTileRows] = {};
+        const float* from[kGroupRows] = {};
         index_t element_stride = 1;
         for (std::size_t r = 0; r < rows.size(); ++r) {
           const QueryRow row =
@@ -348,7 +348,10 @@ class TileRun {
       PanelType::clear_keys(keys(), dim_qk(), begin / kPanel * kPanel, begin);
       PanelType::clear_keys(keys(), dim_qk(), end, padded(end, kPanel));
     }
-    if (with_values) values_finite_ = true;
+    if (with_values) {
+      values_finite_ = true;
+      PanelType::clear_values(values(), begin, end, dim_v(), value_panel());
+    }
     for (index_t key = tile.k_begin; key < tile.k_end;) {
       const Run run = run_from(tile, tile_begin, key, !with_values ? Want::keys : with_keys ? Want::both : Want::values);
       const index_t column = key - tile_begin;
@@ -378,7 +381,8 @@ class TileRun {
 
   // acc = rescale * acc + weights V, with the weights in memory_.scores.
   void weigh(index_t g, const Tile& tile, index_t tile_begin, Cover cover) {
-    if ((!kOnline || cover == Cover::partial) && !finite_values(tile, tile_begin)) {
+    const bool apart = !packed() || PanelType::keeps_apart(tile.k_begin - tile_begin, tile.k_end - tile_begin);
+    if ((!kOnline || cover == Cover::partial || !apart) && !finite_values(tile, tile_begin)) {
       if constexpr (kOnline) {
         note_live(tile, tile_begin);
       } else {
@@ -462,7 +466,8 @@ class TileRun {
 
   void weigh_stored(index_t first_row, index_t rows, const Tile& tile, index_t tile_begin, const float* weights,
                     const float* rescale) {
-    const float keep[kGroupRows] = {1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f, 1.f};
+    float keep[kDecodeRows];
+    std::fill_n(keep, kDecodeRows, 1.f);
     for (index_t key = tile.k_begin; key < tile.k_end;) {
       const Run run = run_from(tile, tile_begin, key, Want::values);
       run.kernels->v.weigh(rows, weights, run.v, dim_v(), rescale, memory_.acc + first_row * acc_stride(plan_),
@@ -588,6 +593,7 @@ class TileRun {
 template <class PanelType, class Spec>
 void run_tiles(const Plan& plan, const Queries& queries, const Spec& spec, const LaneMemory& memory,
                const SharedMemory& shared, std::atomic<index_t>& next) {
+  [[maybe_unused]] const typename PanelType::Session session(plan.has_packed);
   TileRun<Spec, PanelType> run(plan, queries, spec, memory, shared);
   const auto count = static_cast<index_t>(plan.tasks.size());
   for (index_t task = next.fetch_add(1, std::memory_order_relaxed); task < count;

@@ -49,11 +49,11 @@ FOVEA_INLINE void prefetch_next(const std::byte* row, index_t d, index_t ahead) 
   if (Codec::offset(kLanes) - Codec::offset(0) >= 64) prefetch(row + Codec::offset(d + kLanes), ahead);
 }
 
-// As pack_keys, in pairs (number d, number d + 1) of a key; an odd dim ends with a zero.
+// As pack_keys, in pairs (number d, number d + 1) of a key, with zeros behind dim up to the even number `depth`.
 template <class Codec>
-void pack_keys_bf16(const Codec& codec, const Segment& keys, index_t dim, index_t first,
-                    bf16* to) {   // [panel, dim pair, kPanel, 2]
-  const index_t panel_size = (dim + 1) / 2 * 2 * kPanel;
+void pack_keys_bf16(const Codec& codec, const Segment& keys, index_t dim, index_t depth, index_t first,
+                    bf16* to) {   // [panel, depth / 2, kPanel, 2]
+  const index_t panel_size = depth * kPanel;
   for (index_t column = first; column < first + keys.count;) {
     const index_t here = std::min(kLanes - column % kLanes, first + keys.count - column);
     const std::byte* const block = keys.data + (column - first) * keys.stride;
@@ -78,6 +78,7 @@ void pack_keys_bf16(const Codec& codec, const Segment& keys, index_t dim, index_
         if (c < pairs && here < kLanes) store_some_pairs(at + 2 * c * kPanel, as_pairs(cells[c]), here);
       }
     }
+    for (index_t d = (dim + 1) / 2 * 2; d < depth; d += 2) store_some_pairs(panel + d * kPanel, i32(0), here);
     column += here;
   }
 }

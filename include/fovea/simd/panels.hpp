@@ -10,14 +10,14 @@
 //   values    [panel, key, kPanel]    [panel, key pair, kPanel, 2]   a key tile, panels `panel_stride` elements apart
 //   weights   [row, kScoreStride] floats: the scores; Bf16Panels rounds them in place before it uses them
 //
-// Intel's matrix tiles (AMX) would be a third type, TileBf16Panels. A right operand of TDPBF16PS is rows of pairs, so keys
-// and values stay as Bf16Panels packs them (tiles 16 pairs wide, rows 4 * kPanel bytes apart), and rounded weights are a
-// left operand as they lie; only queries would have to lie row by row, 16 rows to a group. It adds the halves of the pairs
-// up apart from each other, so its bits would be its own.
+// Where the CPU has matrix tiles (AMX) and the system gives them to the process, Bf16Panels is TileBf16Panels: larger groups of
+// rows, queries row by row [kTileStep, dim], dims padded to kTileStep, products by gemm_tiles.hpp. Its sums are grouped otherwise,
+// so its bits are its own. Elsewhere it is DotBf16Panels.
 #pragma once
-#include "gemm_bf16.hpp"
+#include <optional>
+
+#include "gemm_tiles.hpp"
 #include "pack.hpp"
-#include "pack_bf16.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -26,6 +26,11 @@ inline namespace FOVEA_ARCH {
 struct F32Panels {
   using Element = float;
   static constexpr const char* kName = "f32";
+
+  // What a thread holds while it multiplies, if any of it is packed.
+  struct Session {
+    explicit Session(bool /*packed*/) {}
+  };
 
   // In elements, of one row group and of a key tile.
   static constexpr index_t query_size(index_t dim) { return dim * kTileRows; }
@@ -48,6 +53,10 @@ struct F32Panels {
   }
   // Columns that share a panel with keys in use but belong to none.
   static void clear_keys(float* to, index_t dim, index_t first, index_t last) { clear_columns(to, dim, first, last); }
+  // Before the keys [begin, end) of a tile are packed: zeros for what else weigh multiplies by 0.
+  static void clear_values(float*, index_t /*begin*/, index_t /*end*/, index_t /*dim*/, index_t /*panel_stride*/) {}
+  // Whether weigh leaves values outside [begin, end) alone, so that those may be anything.
+  static constexpr bool keeps_apart(index_t /*begin*/, index_t /*end*/) { return true; }
 
   // Scores of the columns [begin, end); others in the same panels are overwritten with what they come to.
   static void scores(index_t rows, index_t begin, index_t end, const float* queries, const float* keys, index_t dim,
@@ -91,10 +100,21 @@ struct F32Panels {
 
 #if defined(__AVX512BF16__)
 
+inline constexpr std::uint32_t kLowHalf = 0xffffu, kHighHalf = 0xffff0000u;
+inline const bf16* pairs_of(const float* weights) { return reinterpret_cast<const bf16*>(weights); }
+// keep[key / 2]: the halves of a pair of keys in [begin, end) that are live.
+inline void live_pairs(index_t begin, index_t end, const std::uint8_t* live, std::uint32_t* keep) {
+  for (index_t j = begin / 2 * 2; j < end; j += 2) {
+    const bool low = j >= begin && live[j] != 0, high = j + 1 < end && live[j + 1] != 0;
+    keep[j / 2] = (low ? kLowHalf : 0u) | (high ? kHighHalf : 0u);
+  }
+}
+
 // Where rows have a scale (8-bit formats) it is multiplied in before rounding; the scale of the scores multiplies the sums.
-struct Bf16Panels {
+struct DotBf16Panels {
   using Element = bf16;
   static constexpr const char* kName = "bf16";
+  using Session = F32Panels::Session;
 
   static constexpr index_t query_size(index_t dim) { return (dim + 1) / 2 * 2 * kTileRows; }
   static constexpr index_t key_size(index_t dim, index_t keys) { return (dim + 1) / 2 * 2 * keys; }
@@ -106,7 +126,7 @@ struct Bf16Panels {
   }
   template <class Codec>
   static void pack_keys(const Codec& codec, const Segment& keys, index_t dim, index_t first, bf16* to) {
-    pack_keys_bf16(codec, keys, dim, first, to);
+    pack_keys_bf16(codec, keys, dim, (dim + 1) / 2 * 2, first, to);
   }
   template <class Codec>
   static bool pack_values(const Codec& codec, const Segment& values, index_t dim, index_t first, bf16* to,
@@ -115,6 +135,8 @@ struct Bf16Panels {
   }
   // Nothing: the dot product has no slow numbers, and the scores of a stale column are nobody's.
   static void clear_keys(bf16*, index_t, index_t, index_t) {}
+  static void clear_values(bf16*, index_t, index_t, index_t, index_t) {}
+  static constexpr bool keeps_apart(index_t, index_t) { return true; }
 
   static void scores(index_t rows, index_t begin, index_t end, const bf16* queries, const bf16* keys, index_t dim,
                      float scale, float* s) {
@@ -144,10 +166,7 @@ struct Bf16Panels {
                          index_t panel_stride, index_t dim, float rescale, float* acc) {
     round_weights(weights, begin, end);
     std::uint32_t keep[kMaxKeyTile / 2];
-    for (index_t j = begin / 2 * 2; j < end; j += 2) {
-      const bool low = j >= begin && live[j] != 0, high = j + 1 < end && live[j + 1] != 0;
-      keep[j / 2] = (low ? kLowHalf : 0u) | (high ? kHighHalf : 0u);
-    }
+    live_pairs(begin, end, live, keep);
     const index_t first = begin / 2, pairs = (end + 1) / 2 - first;
     const bf16* const p = pairs_of(weights + first);
     values += 2 * first * kPanel;
@@ -161,9 +180,6 @@ struct Bf16Panels {
   }
 
  private:
-  static constexpr std::uint32_t kLowHalf = 0xffffu, kHighHalf = 0xffff0000u;
-  static const bf16* pairs_of(const float* weights) { return reinterpret_cast<const bf16*>(weights); }
-
   // Half a pair may be a key that does not belong to the columns: those run masked, one pair at a time.
   template <int Vectors>
   static void weigh_panel(index_t rows, index_t begin, index_t end, const float* weights, const bf16* values,
@@ -190,6 +206,122 @@ struct Bf16Panels {
                                                 acc_stride);
   }
 };
+
+#if FOVEA_HAS_TILES
+
+// For processes that have tile registers; a group is kTileStep rows.
+struct TileBf16Panels {
+  using Element = bf16;
+  static constexpr const char* kName = "bf16 in tiles";
+
+  struct Session {
+    explicit Session(bool packed) {
+      if (packed) registers.emplace();
+    }
+    std::optional<TileRegisters> registers;
+  };
+
+  static constexpr index_t depth(index_t dim) { return (dim + kTileStep - 1) / kTileStep * kTileStep; }
+  static constexpr index_t query_size(index_t dim) { return depth(dim) * kTileStep; }
+  static constexpr index_t key_size(index_t dim, index_t keys) { return depth(dim) * keys; }
+  static constexpr index_t value_size(index_t dim, index_t keys) { return DotBf16Panels::value_size(dim, keys); }
+
+  static void pack_queries(const float* const* rows, index_t count, index_t element_stride, index_t dim,
+                           float /*scale: in scores*/, bf16* to) {
+    pack_query_rows(rows, count, element_stride, dim, to);
+  }
+  template <class Codec>
+  static void pack_keys(const Codec& codec, const Segment& keys, index_t dim, index_t first, bf16* to) {
+    pack_keys_bf16(codec, keys, dim, depth(dim), first, to);
+  }
+  template <class Codec>
+  static bool pack_values(const Codec& codec, const Segment& values, index_t dim, index_t first, bf16* to,
+                          index_t panel_stride) {
+    return pack_values_bf16(codec, values, dim, first, to, panel_stride);
+  }
+  static void clear_keys(bf16*, index_t, index_t, index_t) {}
+  // The rest of the blocks that begin and end lie in; half a pair is completed by pack_values.
+  static void clear_values(bf16* to, index_t begin, index_t end, index_t dim, index_t panel_stride) {
+    for (index_t d = 0; d < dim; d += kPanel, to += panel_stride) {
+      std::fill(to + begin / kTileStep * kTileStep * kPanel, to + (begin + 1) / 2 * 2 * kPanel, bf16{});
+      std::fill(to + end / 2 * 2 * kPanel, to + depth(end) * kPanel, bf16{});
+    }
+  }
+  static constexpr bool keeps_apart(index_t begin, index_t end) { return begin % kTileStep == 0 && end % kTileStep == 0; }
+
+  static void scores(index_t rows, index_t begin, index_t end, const bf16* queries, const bf16* keys, index_t dim,
+                     float scale, float* s) {
+    tile_scores(rows, begin, end, queries, keys, depth(dim), scale, s);
+  }
+  static void weigh(index_t rows, index_t begin, index_t end, float* weights, const bf16* values, index_t panel_stride,
+                    index_t dim, const float* rescale, float* acc, index_t acc_stride) {
+    for (index_t r = 0; r < rows; ++r) round_weights(weights + r * kScoreStride, begin, end);
+    tile_weigh(rows, begin, end, pairs_of(weights), values, panel_stride, dim, rescale, acc, acc_stride);
+  }
+  static void weigh_live(index_t begin, index_t end, const std::uint8_t* live, float* weights, const bf16* values,
+                         index_t panel_stride, index_t dim, float rescale, float* acc) {
+    round_weights(weights, begin, end);
+    std::uint32_t keep[kMaxKeyTile / 2] = {};
+    live_pairs(begin, end, live, keep);
+    tile_weigh_row(begin, end, pairs_of(weights), keep, values, panel_stride, dim, rescale, acc);
+  }
+};
+
+// One of the two, for the whole process. A type of its own, because a call compiled for both would compile the engine twice.
+struct Bf16Panels {
+  using Element = bf16;
+  static constexpr const char* kName = "bf16";
+  using Dot = DotBf16Panels;
+  using Tile = TileBf16Panels;
+
+  struct Session : Tile::Session {
+    explicit Session(bool packed) : Tile::Session(packed && tiles_allowed()) {}
+  };
+
+  static index_t query_size(index_t dim) { return tiles_allowed() ? Tile::query_size(dim) : Dot::query_size(dim); }
+  static index_t key_size(index_t dim, index_t keys) {
+    return tiles_allowed() ? Tile::key_size(dim, keys) : Dot::key_size(dim, keys);
+  }
+  static constexpr index_t value_size(index_t dim, index_t keys) { return Dot::value_size(dim, keys); }
+
+  static void pack_queries(const float* const* rows, index_t count, index_t element_stride, index_t dim, float scale,
+                           bf16* to) {
+    (tiles_allowed() ? &Tile::pack_queries : &Dot::pack_queries)(rows, count, element_stride, dim, scale, to);
+  }
+  template <class Codec>
+  static void pack_keys(const Codec& codec, const Segment& keys, index_t dim, index_t first, bf16* to) {
+    pack_keys_bf16(codec, keys, dim, key_size(dim, 1), first, to);
+  }
+  template <class Codec>
+  static bool pack_values(const Codec& codec, const Segment& values, index_t dim, index_t first, bf16* to,
+                          index_t panel_stride) {
+    return pack_values_bf16(codec, values, dim, first, to, panel_stride);
+  }
+  static void clear_keys(bf16*, index_t, index_t, index_t) {}
+  static void clear_values(bf16* to, index_t begin, index_t end, index_t dim, index_t panel_stride) {
+    if (tiles_allowed()) Tile::clear_values(to, begin, end, dim, panel_stride);
+  }
+  static bool keeps_apart(index_t begin, index_t end) { return !tiles_allowed() || Tile::keeps_apart(begin, end); }
+
+  static void scores(index_t rows, index_t begin, index_t end, const bf16* queries, const bf16* keys, index_t dim,
+                     float scale, float* s) {
+    (tiles_allowed() ? &Tile::scores : &Dot::scores)(rows, begin, end, queries, keys, dim, scale, s);
+  }
+  static void weigh(index_t rows, index_t begin, index_t end, float* weights, const bf16* values, index_t panel_stride,
+                    index_t dim, const float* rescale, float* acc, index_t acc_stride) {
+    (tiles_allowed() ? &Tile::weigh : &Dot::weigh)(rows, begin, end, weights, values, panel_stride, dim, rescale, acc,
+                                                   acc_stride);
+  }
+  static void weigh_live(index_t begin, index_t end, const std::uint8_t* live, float* weights, const bf16* values,
+                         index_t panel_stride, index_t dim, float rescale, float* acc) {
+    (tiles_allowed() ? &Tile::weigh_live : &Dot::weigh_live)(begin, end, live, weights, values, panel_stride, dim, rescale,
+                                                             acc);
+  }
+};
+
+#else
+using Bf16Panels = DotBf16Panels;
+#endif
 
 #endif
 

@@ -75,6 +75,9 @@ FOVEA_INLINE void round_panel(const float* rows, index_t count, const float* by,
 inline bool tiles_allowed() { return false; }
 #endif
 
+// Rows of a group that packed kernels work on at a time.
+inline index_t packed_rows(Panels panels) { return panels == Panels::bf16 && tiles_allowed() ? kTileStep : kTileRows; }
+
 }   // namespace FOVEA_ARCH
 }   // namespace v0
 }   // namespace fovea

@@ -85,7 +85,7 @@ struct Softmax {
   }
 
  private:
-  static constexpr index_t kMostRows = std::max(kTileRows, index_t{16});
+  static constexpr index_t kMostRows = 32;   // of any group
 
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
