@@ -70,7 +70,9 @@ struct Case {
   Regime regime_of(std::size_t s) const {
     if (regime != Regime::automatic) return regime;
     const index_t count = len_q[s] * q_heads / kv_heads;
-    return count <= fovea::kDecodeRows ? Regime::decode : count <= fovea::kWideRows ? Regime::wide_decode : Regime::prefill;
+    return count <= fovea::decode_rows(panels) ? Regime::decode
+           : count <= fovea::kWideRows         ? Regime::wide_decode
+                                               : Regime::prefill;
   }
 };
 

@@ -118,7 +118,7 @@ TEST_CASE("a tree = the mask it stands for, with prefill and decode in the same 
           if (!automatic) continue;
           std::vector<bool> packed;
           for (const index_t len : step.len_q)
-            packed.push_back(way.panels == Panels::bf16 && len * kHeads / kKvHeads > fovea::kDecodeRows);
+            packed.push_back(way.panels == Panels::bf16 && len * kHeads / kKvHeads > fovea::decode_rows(way.panels));
           const WorstOf worst = worst_of(tree, step.expected(options, packed));
           INFO(worst.where);
           CHECK(worst.budgets <= 1);

@@ -153,7 +153,7 @@ class Cascade {
         const auto& begin = p.levels[l].group_begin;
         const index_t rows = group * (cu_q[at(begin[at(g + 1)])] - cu_q[at(begin[at(g)])]);
         packed.push_back(p.way.panels == Panels::bf16 &&
-                         (p.way.regime == Regime::automatic ? rows > fovea::kDecodeRows : p.way.regime != Regime::decode));
+                         (p.way.regime == Regime::automatic ? rows > fovea::decode_rows(p.way.panels) : p.way.regime != Regime::decode));
       }
       parts.push_back(expect_levels(l, l + 1, packed));
     }

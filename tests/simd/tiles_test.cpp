@@ -117,4 +117,15 @@ TEST_CASE("a panel rounded to pairs of rows") {
     }
   }
 }
+TEST_CASE("tile registers may be taken while they are taken") {
+  if (!tiles_allowed()) return;
+  const std::vector<bf16> a = rounded_numbers(16 * 32, 3), b = rounded_numbers(16 * 64, 4);
+  std::vector<float> once(16 * 32), again(16 * 32);
+  const TileRegisters registers;
+  tile_product<1, false>(a.data(), 32, b.data(), 64, 32, once.data(), 32);
+  { const TileRegisters inner; }
+  tile_product<1, false>(a.data(), 32, b.data(), 64, 32, again.data(), 32);
+  CHECK(std::memcmp(once.data(), again.data(), once.size() * sizeof(float)) == 0);
+}
+
 #endif

@@ -151,14 +151,14 @@ inline bool runs_together(std::span<const KeyLists> kinds, const PlanRequest& re
                           const std::vector<Sequence>& sequences) {
   constexpr index_t kMostRows = 255, kLeastBlock = 32;
   if (request.strip || !request.split_keys || list_rows > kMostRows) return false;
-  if (list_rows < kTileRows / 2) return false;   // kernels would run mostly empty
+  if (list_rows < packed_rows(request.panels) / 2) return false;   // kernels would run mostly empty
   for (const KeyLists& kind : kinds) {
     if (!kind.ranges && kind.k_block < kLeastBlock) return false;
   }
   if (request.regime != Regime::automatic) return request.regime == Regime::prefill;
   index_t rows = 0;
   for (const Sequence& sequence : sequences) rows = std::max(rows, sequence.len_q * (request.q_heads / request.kv_heads));
-  return automatic_regime(rows) == Regime::prefill;
+  return automatic_regime(rows, request.panels) == Regime::prefill;
 }
 
 inline Status plan_sparse(SparsePlan& sparse, const AttentionShape& shape, std::span<const KeyLists> kinds,

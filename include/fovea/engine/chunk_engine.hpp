@@ -255,16 +255,12 @@ class ChunkTask {
     if constexpr (kDelta) {
       keep_lower<false>(m_.kk, kDecays, 1.f, m_.lower);
     }
-    if constexpr (kDecays || has_gain()) {
-      for (index_t j = 0; j < rows_; ++j) {
-        float by = 1.f;
-        if constexpr (kDecays) by = m_.suffix[j];
-        if constexpr (has_gain()) by *= m_.gain[j];
-        const f32 factor(by);
-        for (index_t d = 0; d < dim_; d += kLanes) store(m_.k_out + j * dim_ + d, load(keys_.data + j * keys_.stride + d) * factor);
-      }
+    if constexpr (has_gain()) {
+      for (index_t j = 0; j < rows_; ++j) m_.suffix[j] = (kDecays ? m_.suffix[j] : 1.f) * m_.gain[j];
     }
   }
+  // Whether what a token writes is multiplied by suffix on its way into the state.
+  static constexpr bool scales_writes() { return !kByKey && (kDecays || has_gain()); }
   static constexpr bool has_gain() {
     if constexpr (UpdateOf::kind == Written::additive) return UpdateOf::kGain;
     return false;
@@ -302,7 +298,7 @@ class ChunkTask {
   // Operands of the products with the state; factors per token are left to the products (read_prefix, prefix).
   const float* state_queries() const { return kByKey ? m_.q_state : m_.q_t; }
   const float* state_removals() const { return kByKey ? m_.a_state : m_.k_t; }
-  RowsAt written_keys() const { return kByKey || kDecays || has_gain() ? RowsAt{m_.k_out, dim_} : keys_; }
+  RowsAt written_keys() const { return kByKey ? RowsAt{m_.k_out, dim_} : keys_; }
 
   // ---- factors per key channel
 
@@ -536,13 +532,22 @@ class ChunkTask {
   void advance(index_t member, index_t p) {
     if (!writes_) return;
     float* const s = state(member, p);
-    const float* const w = m_.w + p * stride_ * kPanel;
+    float* const w = m_.w + p * stride_ * kPanel;
+    float* const written = kDelta ? w : m_.v + p * stride_ * kPanel;
     const RowsAt keys = written_keys();
+    if constexpr (scales_writes()) {   // in place: nobody reads them after this, and they are fewer than the keys
+      for (index_t j = 0; j < at_.count; ++j) {
+        const f32 factor(m_.suffix[j]);
+        FOVEA_UNROLL
+        for (int n = 0; n < kPanelVectors; ++n)
+          store(written + j * kPanel + n * kLanes, load(written + j * kPanel + n * kLanes) * factor);
+      }
+    }
     with_vectors(p, [&](auto vectors) {
       for (index_t r = 0; r < dim_;) {
         const index_t first = r;
         r += with_tile_rows(dim_ - first, [&](auto rows) {
-          const ProductTerm terms[2] = {{keys.data + first, keys.stride, kDelta ? w : values(p), kPanel, at_.count},
+          const ProductTerm terms[2] = {{keys.data + first, keys.stride, written, kPanel, at_.count},
                                         {kLowRank ? m_.b_out + first : nullptr, dim_, w, kPanel, at_.count}};
           ProductBase from{s + first * kPanel, kPanel, 1.f, kDecays ? m_.total + first : nullptr};
           if (kByKey && factored_) {
@@ -576,7 +581,8 @@ class ChunkTask {
     const RowsAt keys = written_keys();
     for (index_t d = 0; d < dim_; d += kLanes) {
       f32 sum = load(z + d) * load(m_.total + d);
-      for (index_t j = 0; j < at_.count; ++j) sum = sum + load(keys.data + j * keys.stride + d);
+      for (index_t j = 0; j < at_.count; ++j)
+        sum = fma(load(keys.data + j * keys.stride + d), f32(scales_writes() ? m_.suffix[j] : 1.f), sum);
       store(z + d, sum);
     }
   }

@@ -294,7 +294,9 @@ class StepTask {
   index_t next_tile(index_t n) const {
     if (!in_place_) return 0;
     const index_t step = Vectors * kLanes;
-    const index_t to = n + 2 * step <= columns_ ? step : (next_head_ - head_) * run_.final_state.stride[1] - n;
+    const bool same_head = n + 2 * step <= columns_;
+    if (!same_head && next_head_ == head_) return 0;
+    const index_t to = same_head ? step : (next_head_ - head_) * run_.final_state.stride[1] - n;
     return to * static_cast<index_t>(sizeof(float));
   }
 
@@ -327,10 +329,30 @@ class StepTask {
       const index_t live = std::min<index_t>(4, columns_ - n);
       float* at[4];
       f32 p[4], y[4];
+      float written[4];
       FOVEA_UNROLL
       for (index_t r = 0; r < 4; ++r) {
         at[r] = s.data + (n + std::min(r, live - 1)) * s.v_stride;
         p[r] = y[r] = f32(0.f);
+        written[r] = r < live ? m_.v[n + r] : 0.f;
+      }
+      if constexpr (!kRemoves) {
+        if (last && live == 4 && tail == 0) {   // what is written is known before what is read: one sweep
+          for (index_t d = 0; d < whole; d += kLanes) {
+            const f32 read = load(rows.read + d), alpha = load(rows.alpha + d), k = load(rows.k + d);
+            FOVEA_UNROLL
+            for (index_t r = 0; r < 4; ++r) {
+              prefetch(reinterpret_cast<const std::byte*>(at[r] + d), ahead);
+              const f32 cells = load(at[r] + d);
+              y[r] = fma(cells, read, y[r]);
+              store(at[r] + d, fma(k, f32(written[r]), cells * alpha));
+            }
+          }
+          float sum_y[4];
+          reduce_add4(y[0], y[1], y[2], y[3], sum_y);
+          for (index_t r = 0; r < 4; ++r) m_.out[n + r] = std::fma(written[r], rows.k_dot_q, sum_y[r]);
+          continue;
+        }
       }
       const auto dots = [&](index_t d, const auto& cells_at) {
         const f32 read = load(rows.read + d);
@@ -350,7 +372,7 @@ class StepTask {
       if constexpr (kRemoves) reduce_add4(p[0], p[1], p[2], p[3], sum_p);
       reduce_add4(y[0], y[1], y[2], y[3], sum_y);
       for (index_t r = 0; r < 4; ++r) {
-        w[r] = r < live ? m_.v[n + r] : 0.f;
+        w[r] = written[r];
         if constexpr (kDelta) w[r] = m_.beta[std::min(n + r, columns_ - 1)] * (w[r] - sum_p[r]);
         if (r >= live) continue;
         float o = std::fma(w[r], rows.k_dot_q, sum_y[r]);

@@ -85,7 +85,7 @@ concept Mask = requires(const M& mask, std::span<const Row> rows, const Tile& ti
 };
 
 // A mask may know which runs of a key tile a group of rows sees: visible(rows, begin, end, f) calls f(begin, end) for each of
-// them, in order. The engine then asks cover for these runs, and never touches the keys between them. All rows of a group are of
+// them, in order. The engine then asks cover for these runs; keys between them reach no result. All rows of a group are of
 // one list of the plan (Plan::list_rows).
 template <class M>
 concept RunMask = requires(const M& mask, std::span<const Row> rows, index_t begin, index_t end) {
@@ -97,6 +97,8 @@ template <class M>
 concept ScoreMod = requires(const M& mod, const Row& row, f32 s, i32 pos) {
   { mod.at(row)(s, pos) } -> std::same_as<f32>;
 };
+
+inline constexpr index_t kMostGroupRows = 32;   // of a row group, on every machine
 
 // The scores of a row group against one key tile: whole vectors of keys that start at a multiple of kScoreRun, -inf where masked.
 struct ScoreRows {

@@ -4,7 +4,7 @@
 //   2. for every key tile in reach:
 //        pack K and V of the tile, once for all rows            (prefill; decode reads them in place)
 //        for every group of rows that sees some of it:
-//          S = Q K'                                             12 x 32 micro-tiles, or 4 rows x 4 keys
+//          S = Q K'                                             12 x 32 micro-tiles, 32 x 32 in AMX, or 4 rows x 4 keys
 //          scores modified, masked on partial tiles only
 //          per row: weights in place, the old sum shrinks by `rescale`
 //          acc = rescale * acc + weights V
@@ -171,6 +171,7 @@ class TileRun {
   static constexpr bool kListed = ListedSource<decltype(Spec::source)>;
   static constexpr bool kOnline = Normalizer<decltype(Spec::norm)>;
   static_assert(check_policies<Spec>());
+  static_assert(kGroupRows <= kMostGroupRows);
   static_assert(sizeof(State) <= kStateBytes && std::is_trivially_copyable_v<State>);
 
   TileRun(const Plan& plan, const Queries& queries, const Spec& spec, const LaneMemory& memory, const SharedMemory& shared)
@@ -384,7 +385,7 @@ class TileRun {
     const bool apart = !packed() || PanelType::keeps_apart(tile.k_begin - tile_begin, tile.k_end - tile_begin);
     if ((!kOnline || cover == Cover::partial || !apart) && !finite_values(tile, tile_begin)) {
       if constexpr (kOnline) {
-        note_live(tile, tile_begin);
+        note_live(tile, tile_begin, cover);
       } else {
         note_weighed(tile, tile_begin);
       }
@@ -491,8 +492,13 @@ class TileRun {
     return finite;
   }
   // Asks the mask, not the scores: a visible key may have a score of -inf.
-  void note_live(const Tile& tile, index_t tile_begin) {
+  void note_live(const Tile& tile, index_t tile_begin, Cover cover) {
     for (std::size_t r = 0; r < tile.rows.size(); ++r) {
+      if (cover == Cover::full) {
+        std::fill_n(memory_.live + static_cast<index_t>(r) * kMaxKeyTile + (tile.k_begin - tile_begin),
+                    tile.k_end - tile.k_begin, std::uint8_t{1});
+        continue;
+      }
       const auto keep = spec_.mask.at(tile.rows[r]);
       std::uint8_t* const live = memory_.live + static_cast<index_t>(r) * kMaxKeyTile;
       for (index_t j = tile.k_begin; j < tile.k_end; ++j) {

@@ -7,6 +7,7 @@
 // chains of their own. Keys count from the start of the key tile, so a key always meets the same block, and one without weight
 // changes no bit.
 #pragma once
+#include "denormals.hpp"
 #include "pack_bf16.hpp"
 #include "tiles.hpp"
 
@@ -59,25 +60,41 @@ inline void tile_weigh(index_t rows, index_t begin, index_t end, const bf16* wei
   }
 }
 
-// One row of the same with the bits of values that keep[key / 2] does not have as zeros: those may be anything. weights
-// [kMaxKeyTile].
-inline void tile_weigh_row(index_t begin, index_t end, const bf16* weights, const std::uint32_t* keep, const bf16* values,
-                           index_t panel_stride, index_t dim, float rescale, float* acc) {
-  const f32 low_half = as_floats(i32(-65536));
-  for (index_t d = 0; d < dim; d += kLanes) {
-    const bf16* const column = values + d / kPanel * panel_stride + 2 * (d % kPanel);
+// What a tile product of one row comes to, for a panel of values: vectors do the same operations where denormals are flushed. Not
+// inlined, so that none of them moves out of there.
+FOVEA_NOINLINE inline void row_sums(index_t begin, index_t end, const bf16* weights, const std::uint32_t* keep,
+                                    const bf16* values,
+                                    float* sums) {   // [kPanel]
+  const i32 high_half(-65536);
+  for (index_t n = 0; n < kPanel; n += kLanes, values += 2 * kLanes) {
     f32 sum(0.f);
     for (index_t block = begin / kTileStep * kTileStep; block < end; block += kTileStep) {
       f32 even(0.f), odd(0.f);
       for (index_t j = block; j < std::min(block + kTileStep, end); j += 2) {
-        const i32 pair = both(load_pairs(column + j * kPanel), broadcast_pair(keep + j / 2)),
+        const i32 pair = both(load_pairs(values + j * kPanel), broadcast_pair(keep + j / 2)),
                   weight = broadcast_pair(weights + j);
         even = fma(as_floats(weight << 16), as_floats(pair << 16), even);
-        odd = fma(as_floats(both(weight, as_pairs(low_half))), as_floats(both(pair, as_pairs(low_half))), odd);
+        odd = fma(as_floats(both(weight, high_half)), as_floats(both(pair, high_half)), odd);
       }
       sum = sum + (even + odd);
     }
-    store(acc + d, fma(load(acc + d), f32(rescale), sum) + f32(0.f));
+    store(sums + n, sum);
+  }
+}
+
+// One row of the same with the bits of values that keep[key / 2] does not have as zeros: those may be anything. weights
+// [kMaxKeyTile].
+inline void tile_weigh_row(index_t begin, index_t end, const bf16* weights, const std::uint32_t* keep, const bf16* values,
+                           index_t panel_stride, index_t dim, float rescale, float* acc) {
+  for (index_t d = 0; d < dim; d += kPanel, values += panel_stride) {
+    alignas(64) float sums[kPanel];
+    {
+      const FlushDenormals flush;
+      row_sums(begin, end, weights, keep, values, sums);
+    }
+    const index_t width = std::min(kPanel, dim - d);
+    for (index_t n = 0; n < width; n += kLanes)
+      store(acc + d + n, fma(load(acc + d + n), f32(rescale), load(sums + n)) + f32(0.f));
   }
 }
 

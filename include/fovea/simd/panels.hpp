@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What prefill multiplies, as one interface: the engine is a template over a panel type and says Panels::scores. F32Panels
-// keeps fp32. Bf16Panels rounds q, k, v and the weights to bf16 (8 significant bits: off by at most 2^-8 relative each),
+// keeps fp32. Bf16Panels rounds q, k, v and the weights to bf16 (8 significant bits: off by at most 2^-9 relative each),
 // takes half the memory, and exists where the instruction set has the dot product of bf16 pairs. The sum of the weights
 // that a row is divided by stays that of the unrounded ones.
 //

@@ -44,7 +44,7 @@ struct Softmax {
   // maximum: 58 against 45 ns for 256 keys. The chains and lanes of the sum follow the key index, so a row's bits do not depend
   // on how many masked keys stand around its visible ones.
   FOVEA_INLINE void absorb(State* states, const ScoreRows& scores, float* rescale) const {
-    FOVEA_ASSERT(scores.rows <= kMostRows);
+    FOVEA_ASSERT(scores.rows <= kMostGroupRows);
     for (index_t r = 0; r < scores.rows; ++r) {
       const float* const s = scores.data + r * kScoreStride;
       f32 top[4] = {f32(kNothing), f32(kNothing), f32(kNothing), f32(kNothing)};
@@ -85,8 +85,6 @@ struct Softmax {
   }
 
  private:
-  static constexpr index_t kMostRows = 32;   // of any group
-
   static constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
   // One FMA makes the exponent of a weight: s log2 e - shift. The rounding of the shift is shared by sum and weights, in moved()

@@ -175,7 +175,7 @@ class QueryBlock {
       options.lse.extent[2] = count;
     }
     if (options.regime != Regime::automatic) return;
-    options.regime = automatic_regime(whole.len_q * (q.extent[1] / std::max<index_t>(k.extent[1], 1)));
+    options.regime = automatic_regime(whole.len_q * (q.extent[1] / std::max<index_t>(k.extent[1], 1)), options.panels);
   }
   QueryBlock(const QueryBlock&) = delete;
   QueryBlock& operator=(const QueryBlock&) = delete;

@@ -72,7 +72,7 @@ struct RatedRemoval {
       for (; kappa.stride[3] == 1 && rate.stride[3] == 1 && d + kLanes <= kappa.extent[3]; d += kLanes) {
         const f32 x = load(direction + d);
         store(a_rows + i * stride + d, x);
-        store(b_rows + i * stride + d, f32(0.f) - x * load(much + d));
+        store(b_rows + i * stride + d, -x * load(much + d));
       }
       for (; d < kappa.extent[3]; ++d) {
         const float x = direction[d * kappa.stride[3]];

@@ -23,31 +23,47 @@ inline bool tiles_allowed() {
   return allowed;
 }
 
-// While one of these lives, this thread's tile registers are 16 x 64 bytes each. A thread that gives them back has less to
-// save at a switch.
+// While one of these lives, this thread's tile registers are 16 x 64 bytes each. What they were configured to before comes back
+// (calls may be nested: a functor of the caller's may attend itself), what they held does not. A thread that gives them back has
+// less to save at a switch.
 class TileRegisters {
  public:
   TileRegisters() {
-    struct {
-      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      std::uint16_t row_bytes[16] = {};
-      std::uint8_t rows[16] = {};
-    } shape;
+    asm volatile("" : "+m"(before_));   // to g++ 12 these instructions touch 8 bytes alone
+    _tile_storeconfig(&before_);
+    asm volatile("" : "+m"(before_));
+    Shape shape;
+    shape.palette = 1;
     for (int tile = 0; tile < 8; ++tile) {
       shape.row_bytes[tile] = 64;
       shape.rows[tile] = 16;
     }
-    asm volatile("" ::"m"(shape));   // to g++ 12 the next line reads the first 8 bytes alone
+    asm volatile("" : "+m"(shape));
     _tile_loadconfig(&shape);
   }
-  ~TileRegisters() { _tile_release(); }
+  ~TileRegisters() {
+    if (before_.palette == 0) {
+      _tile_release();
+    } else {
+      _tile_loadconfig(&before_);
+    }
+  }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
+
+ private:
+  struct alignas(64) Shape {
+    std::uint8_t palette = 0, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {};
+    std::uint8_t rows[16] = {};
+  };
+  static_assert(sizeof(Shape) == 64);
+  Shape before_;
 };
 
 // c[m, n] = sum_k a[m, k] b[k, n] for m < 16 RowTiles, n < 32; with Onto, c[m, n] is where the sum starts. depth is a
-// multiple of 32. Every element is one chain in the order of k, whatever the tile around it. Denormals are read and written
-// as zeros, sums round to the nearest even (Intel SDM, TDPBF16PS).
+// multiple of 32. Of every 32 k the even and the odd ones are chains of their own from 0, whose sum is added to the element, whatever
+// the tile around it. Denormals are read and written as zeros, sums round to the nearest even (Intel SDM, TDPBF16PS).
 template <int RowTiles, bool Onto>
 FOVEA_NOINLINE void tile_product(const bf16* a, index_t a_stride,   // [m, a_stride]
                                  const bf16* b, index_t b_stride,   // [k / 2, b_stride]: pairs (k, k + 1) of every n
