@@ -5,6 +5,7 @@
 //   p = S' r,  y = S' (alpha q),  w = beta (v - p),  o = y + (k . q) w,  S = Diag(alpha) S + k w'.
 #pragma once
 #include <cmath>
+#include <cstdlib>
 
 #include "../simd/math.hpp"
 #include "chunk_memory.hpp"
@@ -14,12 +15,12 @@ inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
 struct StepMemory {
-  float *q, *k, *a, *b;           // [dim_k]  rows of the token
-  float *alpha, *removal, *read;  // [dim_k]
-  float *v, *p, *w, *out, *beta;  // [columns of the task]
-  float* row;                     // before a feature map
-  float* state;                   // [panel, dim_k, kPanel]  fused
-  float* key_sum;                 // [dim_k]
+  float *q, *k, *a, *b;            // [dim_k]  rows of the token
+  float *alpha, *removal, *read;   // [dim_k]
+  float *v, *p, *w, *out, *beta;   // [columns of the task]
+  float* row;                      // before a feature map
+  float* state;                    // [panel, dim_k, kPanel]  fused
+  float* key_sum;                  // [dim_k]
 };
 
 inline StepMemory carve_step(Bump& bump, const RecurrentRun& run, bool in_place) {
@@ -42,8 +43,8 @@ struct StepRows {
 // ahead: bytes from a row to what the next tile reads in its place. This sweep asks for half of it and the update for the
 // other half, so that memory is never without a request for long.
 template <int Vectors>
-FOVEA_INLINE void step_dots(const float* state, index_t stride, index_t dim_k, const float* removal, const float* read, float* p,
-                            float* y, index_t ahead) {
+FOVEA_INLINE void step_dots(const float* state, index_t stride, index_t dim_k, const float* removal, const float* read,
+                            float* p, float* y, index_t ahead) {
   f32 sum_p[Vectors], sum_y[Vectors];
   FOVEA_UNROLL
   for (int n = 0; n < Vectors; ++n) sum_p[n] = sum_y[n] = f32(0.f);
@@ -51,7 +52,8 @@ FOVEA_INLINE void step_dots(const float* state, index_t stride, index_t dim_k, c
     const f32 by_p(removal == nullptr ? 0.f : removal[d]), by_y(read[d]);
     FOVEA_UNROLL
     for (int n = 0; n < Vectors; ++n) {
-      if (n < Vectors / 2) prefetch_l2(reinterpret_cast<const std::byte*>(state + n * kLanes), ahead);   // L1 holds the tile in work
+      if (n < Vectors / 2)
+        prefetch_l2(reinterpret_cast<const std::byte*>(state + n * kLanes), ahead);   // L1 holds the tile in work
       const f32 s = load(state + n * kLanes);
       if (removal != nullptr) sum_p[n] = fma(s, by_p, sum_p[n]);
       sum_y[n] = fma(s, by_y, sum_y[n]);
@@ -201,8 +203,10 @@ class StepTask {
       rows.removal = m_.a;
       rows.b = m_.b;
     }
-    const std::byte* const v = row_at(run_.v, at_.batch, shared_head(head_, shape.state_heads, shape.v_heads, run_.head_map), t);
-    read_numbers(run_.v.format, v + first_ * run_.v.stride[3] * row_bytes(run_.v.format, 1), run_.v.stride[3], columns_, m_.v);
+    const std::byte* const v =
+        row_at(run_.v, at_.batch, shared_head(head_, shape.state_heads, shape.v_heads, run_.head_map), t);
+    read_numbers(run_.v.format, v + first_ * run_.v.stride[3] * row_bytes(run_.v.format, 1), run_.v.stride[3], columns_,
+                 m_.v);
     std::fill(m_.v + columns_, m_.v + place_.panels * kPanel, 0.f);
 
     const index_t readers = shape.out_heads / shape.state_heads;
@@ -275,14 +279,15 @@ class StepTask {
   template <int Vectors>
   FOVEA_INLINE void sweep_tile(const StepRows& rows, float* s, index_t stride, index_t n, bool last) {
     if (!kRemoves && last) {
-      const index_t ahead = in_place_ ? kRowsAhead * stride * static_cast<index_t>(sizeof(float)) : 0;
+      const index_t ahead = in_place_ ? bytes_ahead(stride) : 0;
       step_once<Vectors>(s, stride, run_.shape.dim_k, rows, m_.v + n, m_.out + n, ahead);
       FOVEA_UNROLL
       for (int i = 0; i < Vectors; ++i) combine(rows, n + i * kLanes);
       return;
     }
     const index_t ahead = next_tile<Vectors>(n);
-    step_dots<Vectors>(s, stride, run_.shape.dim_k, kRemoves ? rows.removal : nullptr, rows.read, m_.p + n, m_.out + n, ahead);
+    step_dots<Vectors>(s, stride, run_.shape.dim_k, kRemoves ? rows.removal : nullptr, rows.read, m_.p + n, m_.out + n,
+                       ahead);
     FOVEA_UNROLL
     for (int i = 0; i < Vectors; ++i) combine(rows, n + i * kLanes);
     if (last) step_update<Vectors>(s, stride, run_.shape.dim_k, rows, m_.w + n, m_.p + n, s, stride, ahead);
@@ -324,7 +329,7 @@ class StepTask {
   void sweep_rows(const StepRows& rows, bool last) {
     const StateColumns<float> s = final();
     const index_t dim_k = run_.shape.dim_k, whole = dim_k / kLanes * kLanes, tail = dim_k - whole;
-    const index_t ahead = kRowsAhead * s.v_stride * static_cast<index_t>(sizeof(float));
+    const index_t ahead = bytes_ahead(s.v_stride);
     for (index_t n = 0; n < columns_; n += 4) {
       const index_t live = std::min<index_t>(4, columns_ - n);
       float* at[4];
@@ -391,17 +396,22 @@ class StepTask {
         }
       };
       for (index_t d = 0; d < whole; d += kLanes) {
-        update(d, [](const float* from) { return load(from); }, [](float* to, f32 cells) { store(to, cells); });
+        update(
+            d, [](const float* from) { return load(from); }, [](float* to, f32 cells) { store(to, cells); });
       }
       if (tail > 0) {
-        update(whole, [&](const float* from) { return load_some(from, tail); },
-               [&](float* to, f32 cells) { store_some(to, cells, tail); });
+        update(
+            whole, [&](const float* from) { return load_some(from, tail); },
+            [&](float* to, f32 cells) { store_some(to, cells, tail); });
       }
     }
   }
 
-  // Rows that come after those in work: 4 KiB at a dim_k of 128, and beyond the head those of the next.
-  static constexpr index_t kRowsAhead = 8;
+  // To the rows that come after those in work: 8 of them and 4 KiB at least. Beyond the head they are those of the next.
+  static index_t bytes_ahead(index_t stride) {
+    const index_t row = std::max<index_t>(std::abs(stride) * static_cast<index_t>(sizeof(float)), 1);
+    return std::max<index_t>(8, 4096 / row) * stride * static_cast<index_t>(sizeof(float));
+  }
 
   void write_out(index_t out, const StepRows& rows, index_t t) {
     if constexpr (CloseOf::divides) {
@@ -411,8 +421,7 @@ class StepTask {
       for (index_t n = 0; n < place_.panels * kPanel; n += kLanes) store(m_.out + n, load(m_.out + n) * inverse);
     }
     if constexpr (CloseOf::skips) spec_.close.skip(at_, first_, columns_, m_.v, m_.out);
-    std::byte* const to =
-        row_at(run_.out, at_.batch, out, t) + first_ * run_.out.stride[3] * row_bytes(run_.out.format, 1);
+    std::byte* const to = row_at(run_.out, at_.batch, out, t) + first_ * run_.out.stride[3] * row_bytes(run_.out.format, 1);
     store_values(run_.out, m_.out, columns_, to);
   }
 
