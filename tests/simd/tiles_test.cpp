@@ -117,6 +117,33 @@ TEST_CASE("a panel rounded to pairs of rows") {
     }
   }
 }
+TEST_CASE("tile registers are given back as they were configured") {
+  if (!tiles_allowed()) return;
+  struct alignas(64) Shape {
+    std::uint8_t bytes[64] = {};
+  };
+  const auto configured = [] {
+    Shape shape;
+    asm volatile("" : "+m"(shape));
+    _tile_storeconfig(&shape);
+    asm volatile("" : "+m"(shape));
+    return shape;
+  };
+  const auto same = [](const Shape& a, const Shape& b) { return std::memcmp(&a, &b, sizeof a) == 0; };
+  _tile_release();
+  { const TileRegisters registers; }
+  CHECK(same(configured(), Shape{}));
+  Shape own;   // palette 1, tile 0 of 8 rows of 32 bytes
+  own.bytes[0] = 1;
+  own.bytes[16] = 32;
+  own.bytes[48] = 8;
+  asm volatile("" : "+m"(own));
+  _tile_loadconfig(&own);
+  { const TileRegisters registers; }
+  CHECK(same(configured(), own));
+  _tile_release();
+}
+
 TEST_CASE("tile registers may be taken while they are taken") {
   if (!tiles_allowed()) return;
   const std::vector<bf16> a = rounded_numbers(16 * 32, 3), b = rounded_numbers(16 * 64, 4);

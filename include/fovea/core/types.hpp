@@ -42,7 +42,7 @@ enum class Regime : std::uint8_t { automatic, prefill, decode, wide_decode };
 
 // The numbers in which packed regimes multiply. f32: exact products, one rounding per sum. bf16: q, k, v and the weights are
 // rounded to 8 bits of mantissa and multiplied in AMX tiles or by the CPU's bf16 dot product, with fp32 sums (docs/numerics.md
-// has the error); needs AVX-512 BF16, and is faster where one of the two is.
+// has the error); needs AVX-512 BF16; faster than f32 with AMX, or where the dot product beats fp32 FMAs.
 enum class Panels : std::uint8_t { f32, bf16 };
 
 }   // namespace v0

@@ -4,7 +4,7 @@
 //   scores     write keys against read rows, once per key head where the factors are scalars
 //   transform  delta rules: (I + L) W = beta (V - (P K) S), one product and one triangular solve in registers
 //   output     O = (P Q) S + A W
-//   state      S = P_C S + (Z K)' W
+//   state      S = P_C S + K' (Z W), with factors per key channel (Z K)' W
 // Values go in panels of kPanel columns, so that a panel of the state stays in L1 through transform, output and state.
 #pragma once
 #include "../simd/math.hpp"
@@ -74,9 +74,7 @@ class ChunkTask {
     }
   }
 
-  float* state(index_t member, index_t panel) const {
-    return m_.state + (member * place_.panels + panel) * dim_ * kPanel;
-  }
+  float* state(index_t member, index_t panel) const { return m_.state + (member * place_.panels + panel) * dim_ * kPanel; }
   float* key_sum(index_t member) const { return CloseOf::divides ? m_.key_sum + member * dim_ : nullptr; }
 
   void chunk(index_t begin, index_t count) {
@@ -138,7 +136,8 @@ class ChunkTask {
       if constexpr (requires { spec_.decay.add_ahead(ahead_, at_, head, begin, count); })
         spec_.decay.add_ahead(ahead_, at_, head, begin, count);
     }
-    const index_t reads = rows_ * (shape.dim_k + rows_ / 2), work = place_.panels * ((kSolves ? 2 : 1) * reads + dim_ * rows_);
+    const index_t reads = rows_ * (shape.dim_k + rows_ / 2),
+                  work = place_.panels * ((kSolves ? 2 : 1) * reads + dim_ * rows_);
     work_per_row_ = std::max<index_t>(work / std::max<index_t>(ahead_.rows(), 1), 1);
     work_ = 0;
   }
@@ -154,7 +153,8 @@ class ChunkTask {
     direct_values_ = kDelta && in_place(v.format, v.stride[3]) && at_.count == rows_ && run_.shape.dim_v % kPanel == 0;
     values_ = {m_.v, kPanel};
     if (direct_values_) {
-      values_ = {reinterpret_cast<const float*>(row_at(v, at_.batch, head, at_.begin)) + place_.first_panel * kPanel, v.stride[2]};
+      values_ = {reinterpret_cast<const float*>(row_at(v, at_.batch, head, at_.begin)) + place_.first_panel * kPanel,
+                 v.stride[2]};
       return;
     }
     load_values(run_, place_, head, at_.begin, at_.count, stride_, rows_, m_.row, m_.v);
@@ -192,7 +192,8 @@ class ChunkTask {
   void prepare_gates() {
     if constexpr (kByKey) {
       spec_.decay.alpha(at_, m_.alpha, dim_);
-      for (index_t i = 0; i < at_.count; ++i) std::fill(m_.alpha + i * dim_ + run_.shape.dim_k, m_.alpha + (i + 1) * dim_, 1.f);
+      for (index_t i = 0; i < at_.count; ++i)
+        std::fill(m_.alpha + i * dim_ + run_.shape.dim_k, m_.alpha + (i + 1) * dim_, 1.f);
       std::fill(m_.alpha + at_.count * dim_, m_.alpha + rows_ * dim_, 1.f);
       std::fill_n(m_.read_prefix, rows_, run_.scale);
     } else if constexpr (kDecays) {
@@ -402,8 +403,7 @@ class ChunkTask {
         for (index_t c = 0; c < kLanes; ++c) store(to + (d + c) * stride_ + row, cells[c]);
         if (from_start == nullptr) continue;
         FOVEA_UNROLL
-        for (index_t c = 0; c < kLanes; ++c)
-          store(from_start + (d + c) * stride_ + row, cells[c] * f32(m_.middle[d + c]));
+        for (index_t c = 0; c < kLanes; ++c) store(from_start + (d + c) * stride_ + row, cells[c] * f32(m_.middle[d + c]));
       }
     }
   }
@@ -485,8 +485,8 @@ class ChunkTask {
             if constexpr (kDelta) from = {values(p) + first * values_.stride, values_.stride, -1.f};
             if constexpr (kDelta && kDecays && !kByKey) from.scale_by_row = m_.prefix + first;
             solve_tile<rows.value, vectors.value>(terms, kLowRank ? 3 : 2, from, m_.lower + first * stride_ + first, stride_,
-                                                  beta + first * (wide ? kPanel : 1), wide ? kPanel : 0,
-                                                  w + first * kPanel, kPanel);
+                                                  beta + first * (wide ? kPanel : 1), wide ? kPanel : 0, w + first * kPanel,
+                                                  kPanel);
             worked(rows.value, run_.shape.dim_k + first);
           });
         }
@@ -497,8 +497,8 @@ class ChunkTask {
   void output(index_t out, index_t member, index_t p) {
     const index_t panel = place_.first_panel + p, columns = panel_columns(run_, panel);
     const float* const w = m_.w + p * stride_ * kPanel;
-    std::byte* const row = row_at(run_.out, at_.batch, out, at_.begin) +
-                           panel * kPanel * run_.out.stride[3] * row_bytes(run_.out.format, 1);
+    std::byte* const row =
+        row_at(run_.out, at_.batch, out, at_.begin) + panel * kPanel * run_.out.stride[3] * row_bytes(run_.out.format, 1);
     const bool direct = !CloseOf::divides && !CloseOf::skips && in_place(run_.out.format, run_.out.stride[3]) &&
                         at_.count == rows_ && columns == kPanel;
     float* const to = direct ? reinterpret_cast<float*>(row) : m_.out;
@@ -513,7 +513,11 @@ class ChunkTask {
                                         {kLowRank ? m_.weights_b + first : nullptr, stride_, w, kPanel, reach}};
           ProductBase from;
           from.scale_by_row = m_.read_prefix + first;
-          product_tile<rows.value, vectors.value>(terms, !writes_ ? 1 : kLowRank ? 3 : 2, from, to + first * to_stride, to_stride);
+          product_tile<rows.value, vectors.value>(terms,
+                                                  !writes_   ? 1
+                                                  : kLowRank ? 3
+                                                             : 2,
+                                                  from, to + first * to_stride, to_stride);
           worked(rows.value, run_.shape.dim_k + reach);
         });
       }
@@ -536,12 +540,14 @@ class ChunkTask {
     float* const written = kDelta ? w : m_.v + p * stride_ * kPanel;
     const RowsAt keys = written_keys();
     if constexpr (scales_writes()) {   // in place: nobody reads them after this, and they are fewer than the keys
-      for (index_t j = 0; j < at_.count; ++j) {
-        const f32 factor(m_.suffix[j]);
-        FOVEA_UNROLL
-        for (int n = 0; n < kPanelVectors; ++n)
-          store(written + j * kPanel + n * kLanes, load(written + j * kPanel + n * kLanes) * factor);
-      }
+      with_vectors(p, [&](auto vectors) {
+        for (index_t j = 0; j < at_.count; ++j) {
+          const f32 factor(m_.suffix[j]);
+          FOVEA_UNROLL
+          for (int n = 0; n < vectors.value; ++n)
+            store(written + j * kPanel + n * kLanes, load(written + j * kPanel + n * kLanes) * factor);
+        }
+      });
     }
     with_vectors(p, [&](auto vectors) {
       for (index_t r = 0; r < dim_;) {
@@ -593,7 +599,7 @@ class ChunkTask {
   const index_t stride_, dim_;   // of the chunk's transposed arrays, of rows
   TaskPlace place_{};
   ChunkPlace at_{};
-  index_t rows_ = 0;             // tokens of this chunk, padded to whole vectors
+  index_t rows_ = 0;   // tokens of this chunk, padded to whole vectors
   index_t group_ = 1, loaded_q_ = -1, loaded_k_ = -1;
   index_t work_ = 0, work_per_row_ = 1;
   RowsAt keys_{}, queries_{}, values_{};

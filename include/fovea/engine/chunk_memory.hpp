@@ -16,17 +16,17 @@ struct ChunkMemory {
   float *q_rows, *k_rows, *a_rows, *b_rows, *k_out, *b_out, *scratch_rows;
   float *q_t, *k_t, *a_t, *b_t, *q_state, *a_state;
   float *qk, *kk, *weights, *lower, *weights_b, *lower_v, *decays;
-  float *alpha;      // [chunk], or [chunk, dim_k]
-  float *row_factor; // [chunk, dim_k]  key decay: products from the middle of the chunk
+  float* alpha;             // [chunk], or [chunk, dim_k]
+  float* row_factor;        // [chunk, dim_k]  key decay: products from the middle of the chunk
   float *middle, *to_end;   // [dim_k]  key decay: products from its start to its middle, from there to its end
   float *prefix, *suffix, *read_prefix, *gain, *divisor;   // [chunk]
-  float *total;      // [dim_k]  the decay of the whole chunk
-  float *beta;       // [chunk], or [panel, chunk, kPanel]
-  float *v, *w;      // [panel, chunk, kPanel]
-  float *out;        // [chunk, kPanel]
-  float *row;        // [widest input row]  before a feature map
-  float *state;      // [state, panel, dim_k, kPanel]
-  float *key_sum;    // [state, dim_k]
+  float* total;                                            // [dim_k]  the decay of the whole chunk
+  float* beta;                                             // [chunk], or [panel, chunk, kPanel]
+  float *v, *w;                                            // [panel, chunk, kPanel]
+  float* out;                                              // [chunk, kPanel]
+  float* row;                                              // [widest input row]  before a feature map
+  float* state;                                            // [state, panel, dim_k, kPanel]
+  float* key_sum;                                          // [state, dim_k]
 };
 
 inline ChunkMemory carve_chunk(Bump& bump, const RecurrentRun& run, index_t chunk_rows, bool by_key, bool dplr) {
@@ -34,11 +34,11 @@ inline ChunkMemory carve_chunk(Bump& bump, const RecurrentRun& run, index_t chun
   const index_t rows = chunk_rows * dim, square = chunk_rows * chunk_rows, values = panels * chunk_rows * kPanel;
   const auto floats = [&](index_t count) { return bump.take<float>(count); };
   ChunkMemory m{};
-  for (float** at : {&m.q_rows, &m.k_rows, &m.k_out}) *at = floats(rows);
+  for (float** at : {&m.q_rows, &m.k_rows}) *at = floats(rows);
   for (float** at : {&m.q_t, &m.k_t}) *at = floats(rows);
   for (float** at : {&m.qk, &m.kk, &m.weights, &m.lower, &m.decays}) *at = floats(square);
   if (by_key) {
-    for (float** at : {&m.a_t, &m.q_state, &m.a_state, &m.row_factor, &m.scratch_rows}) *at = floats(rows);
+    for (float** at : {&m.k_out, &m.a_t, &m.q_state, &m.a_state, &m.row_factor, &m.scratch_rows}) *at = floats(rows);
   }
   if (dplr) {
     for (float** at : {&m.a_rows, &m.b_rows, &m.b_out, &m.b_t}) *at = floats(rows);
@@ -68,7 +68,8 @@ class RowsAhead {
   void add(const Tensor& x, index_t batch, index_t head, index_t pos, index_t rows, index_t first, index_t numbers) {
     if (rows <= 0 || x.stride[3] != 1) return;
     const index_t size = row_bytes(x.format, 1);
-    add(reinterpret_cast<const std::byte*>(row_at(x, batch, head, pos)) + first * size, x.stride[2] * size, rows, numbers * size);
+    add(reinterpret_cast<const std::byte*>(row_at(x, batch, head, pos)) + first * size, x.stride[2] * size, rows,
+        numbers * size);
   }
   void add(const std::byte* data, index_t stride, index_t rows, index_t bytes) {
     FOVEA_ASSERT(count_ < kMost);
@@ -238,7 +239,8 @@ inline void load_values(const RecurrentRun& run, const TaskPlace& place, index_t
   const index_t first = place.first_panel * kPanel, last = std::min(run.shape.dim_v, first + place.panels * kPanel);
   const bool direct = in_place(v.format, v.stride[3]);
   for (index_t i = 0; i < count; ++i) {
-    const std::byte* const from = row_at(v, place.tokens.batch, head, begin + i) + first * v.stride[3] * row_bytes(v.format, 1);
+    const std::byte* const from =
+        row_at(v, place.tokens.batch, head, begin + i) + first * v.stride[3] * row_bytes(v.format, 1);
     const float* numbers = reinterpret_cast<const float*>(from);
     if (!direct) {
       read_numbers(v.format, from, v.stride[3], last - first, row);

@@ -24,7 +24,7 @@ concept DecayPolicy = requires(const D& d, const ChunkPlace& place, float* to, i
 template <class U>
 concept UpdatePolicy = requires(const U& u) {
   { U::kind } -> std::convertible_to<Written>;
-  // additive: gain(place, to) if kGain: k is multiplied by to[i].
+  // additive: gain(place, to) if kGain: what token i writes is multiplied by to[i].
   // delta:    beta_width() 1 or dim_v; beta(place, first, count, to, stride): to[i] or to[i * stride + n].
   // dplr:     rows(place, k, stride, a, b): a and b are written as k lies, [token, stride].
 };

@@ -139,8 +139,8 @@ class StepTask {
     float* const key_sum = CloseOf::divides ? m_.key_sum : nullptr;
     const index_t group = group_size(run_, place_.group);
     for (index_t member = 0; member < group; ++member) {
-      head_ = state_head(run_, place_.group, member);
-      next_head_ = member + 1 < group ? state_head(run_, place_.group, member + 1) : head_;
+      head_ = place_.group * run_.plan.group + member;   // as they lie: they share nothing but their neighbourhood
+      next_head_ = member + 1 < group ? head_ + 1 : head_;
       load_state(run_, place_, head_, panels, key_sum);
       if (in_place_) copy_in_place();
       for (index_t t = place_.tokens.begin; t < place_.tokens.end; ++t) token(t);

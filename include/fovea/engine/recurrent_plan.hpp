@@ -29,11 +29,13 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOpti
                                     index_t tile_chunk = 0) {
   const RecurrentShape& shape = run.shape;
   RecurrentPlan plan;
-  index_t longest = 0;
+  index_t longest = 0, all = 0;
   for (index_t n = 0; n < shape.sequences; ++n) {
     const SequenceRun tokens = sequence_run(shape, options.cu_len, n);
     longest = std::max(longest, tokens.end - tokens.begin);
+    all += tokens.end - tokens.begin;
   }
+  const index_t busy = all / std::max<index_t>(longest, 1);   // sequences, were all as long as the longest
   plan.form = options.form;
   if (plan.form == RecurrentForm::automatic) {
     plan.form = longest > kStepUpTo ? RecurrentForm::chunked : RecurrentForm::step;
@@ -53,13 +55,13 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOpti
     const index_t most = std::clamp<index_t>(kGroupStateBytes / state, 1, shape.state_heads);
     plan.group = token_major ? most : std::min(most, sharing);
     if (options.executor.lanes() > 1) {
-      const index_t fair = shape.sequences * shape.state_heads / wanted;
+      const index_t fair = busy * shape.state_heads / wanted;
       plan.group = std::clamp<index_t>(fair, 1, plan.group);
     }
     if (plan.group > sharing) plan.group = plan.group / sharing * sharing;
   } else if (plan.form == RecurrentForm::step) {
     // Heads that follow each other in memory, so that the next state can be fetched while one is worked on.
-    const index_t fair = shape.sequences * shape.state_heads / (2 * wanted);
+    const index_t fair = busy * shape.state_heads / (2 * wanted);
     plan.group = std::clamp<index_t>(fair, 1, shape.state_heads);
   }
   plan.groups = (shape.state_heads + plan.group - 1) / plan.group;

@@ -479,8 +479,8 @@ class TileRun {
     }
   }
 
-  // A weight of 0 times NaN or Inf is NaN, so where a partial tile holds such a V, masked keys are stepped over instead of
-  // multiplied. The sums run in the same order, so finite rows keep their bits.
+  // A weight of 0 times NaN or Inf is NaN, so where a partial tile holds such a V, or one whose ends the kernels round, masked keys
+  // are stepped over instead of multiplied. The sums run in the same order, so finite rows keep their bits.
   bool finite_values(const Tile& tile, index_t tile_begin) const {
     if (packed()) return values_finite_;
     bool finite = true;
