@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both panel types promise the engine: ranges of columns with the bits of whole tiles, rows that step over masked keys.
+// What all panel types promise the engine: ranges of columns with the bits of whole tiles, rows that step over masked keys.
 #include "fovea/simd/panels.hpp"
 
 #include <cmath>
@@ -13,6 +13,8 @@
 using namespace fovea;
 
 namespace {
+
+constexpr index_t kRows = 32;   // of any group: kernels may touch rows that are not there
 
 struct FloatRows {
   static constexpr bool kRowScaled = false;
@@ -42,6 +44,7 @@ std::vector<typename Panels::Element> packed_values(const std::vector<float>& v,
 
 template <class Panels>
 void check_live_rows() {
+  const typename Panels::Session session(true);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   test::Random random(41);
   for (const index_t dim : {index_t{1}, kLanes, kPanel - 1, kPanel + 1, 2 * kPanel + 3, index_t{128}}) {
@@ -49,7 +52,7 @@ void check_live_rows() {
     for (int round = 0; round < 20; ++round) {
       const index_t begin = random.below(keys), end = random.between(begin + 1, keys);
       std::vector<std::uint8_t> live(static_cast<std::size_t>(kMaxKeyTile), 1);
-      std::vector<float> weights(static_cast<std::size_t>(kTileRows * kScoreStride), 0.f);
+      std::vector<float> weights(static_cast<std::size_t>(kRows * kScoreStride), 0.f);
       std::vector<float> v = numbers(keys * dim, static_cast<std::uint64_t>(round)), tainted = v;
       for (index_t j = 0; j < keys; ++j) {
         const bool masked = random.one_in(2);
@@ -89,6 +92,7 @@ void check_live_rows() {
 // Scores and weighted sums of any range of columns against those of the whole tile.
 template <class Panels>
 void check_ranges() {
+  const typename Panels::Session session(true);
   test::Random random(51);
   for (const index_t dim : {index_t{3}, kLanes + 1, index_t{64}}) {
     const index_t keys = 3 * kPanel, stride = keys * kPanel, acc_stride = (dim + kLanes - 1) / kLanes * kLanes;
@@ -103,7 +107,7 @@ void check_ranges() {
     Panels::pack_keys(FloatRows{}, Segment{reinterpret_cast<const std::byte*>(k.data()), 4 * dim, keys, 0}, dim, 0,
                       panels.data());
     const auto values = packed_values<Panels>(v, dim, keys, stride, true);
-    std::vector<float> whole(static_cast<std::size_t>(kTileRows * kScoreStride), 0.f);
+    std::vector<float> whole(static_cast<std::size_t>(kRows * kScoreStride), 0.f);
     Panels::scores(kTileRows, 0, keys, queries.data(), panels.data(), dim, scale, whole.data());
     double worst = 0;
     for (index_t r = 0; r < kTileRows; ++r) {
@@ -127,7 +131,7 @@ void check_ranges() {
 
     for (int round = 0; round < 40; ++round) {
       const index_t begin = random.below(keys), end = random.between(begin + 1, keys), rows = random.between(1, kTileRows);
-      std::vector<float> part(static_cast<std::size_t>(kTileRows * kScoreStride), 0.f);
+      std::vector<float> part(static_cast<std::size_t>(kRows * kScoreStride), 0.f);
       Panels::scores(rows, begin, end, queries.data(), panels.data(), dim, scale, part.data());
       index_t wrong = 0;
       for (index_t r = 0; r < rows; ++r)
@@ -136,7 +140,7 @@ void check_ranges() {
       CHECK(wrong == 0);
 
       // Weights that are zero outside a range, over the range and over everything.
-      std::vector<float> weights(static_cast<std::size_t>(kTileRows * kScoreStride), 0.f);
+      std::vector<float> weights(static_cast<std::size_t>(kRows * kScoreStride), 0.f);
       for (index_t r = 0; r < kTileRows; ++r)
         for (index_t j = begin; j < end; ++j)
           weights[static_cast<std::size_t>(r * kScoreStride + j)] = random.uniform(0.f, 1.f);
@@ -155,6 +159,10 @@ void check_ranges() {
 TEST_CASE("f32 panels: ranges of columns have the bits of whole tiles") { check_ranges<F32Panels>(); }
 TEST_CASE("f32 panels: a row steps over masked keys and keeps its bits") { check_live_rows<F32Panels>(); }
 #if defined(__AVX512BF16__)
-TEST_CASE("bf16 panels: ranges of columns have the bits of whole tiles") { check_ranges<Bf16Panels>(); }
-TEST_CASE("bf16 panels: a row steps over masked keys and keeps its bits") { check_live_rows<Bf16Panels>(); }
+TEST_CASE("bf16 panels of dot products: ranges of columns have the bits of whole tiles") { check_ranges<DotBf16Panels>(); }
+TEST_CASE("bf16 panels of dot products: a row steps over masked keys and keeps its bits") {
+  check_live_rows<DotBf16Panels>();
+}
+TEST_CASE("this machine's bf16 panels: ranges of columns have the bits of whole tiles") { check_ranges<Bf16Panels>(); }
+TEST_CASE("this machine's bf16 panels: a row steps over masked keys and keeps its bits") { check_live_rows<Bf16Panels>(); }
 #endif
