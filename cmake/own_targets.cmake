@@ -24,7 +24,8 @@ if(FOVEA_CCACHE)
   if(FOVEA_CCACHE_PROGRAM AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
     # Without these, ccache refuses every file that is compiled with a precompiled header.
     set(CMAKE_CXX_COMPILER_LAUNCHER
-        "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros "${FOVEA_CCACHE_PROGRAM}")
+        # A precompiled header knows its files by their whole content, so comments count.
+        "${CMAKE_COMMAND}" -E env CCACHE_SLOPPINESS=pch_defines,time_macros CCACHE_COMMENTS=1 "${FOVEA_CCACHE_PROGRAM}")
   endif()
 endif()
 
