@@ -22,9 +22,10 @@ TEST_CASE("without the dot product of bf16 pairs there are no bf16 panels") {
 #include <memory>
 #include <vector>
 
-#include "support/random.hpp"
+#include "support/bf16_numbers.hpp"
 
 using namespace fovea;
+using test::Bf16Rows, test::flushed_fma, test::same_bits;
 
 namespace {
 
@@ -46,8 +47,6 @@ std::uint16_t rounded(float x) {
 float as_bf16(float x) { return widened(rounded(x)); }
 
 // The instruction, in the words of the manual.
-float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.f, x) : x; }
-float flushed_fma(float a, float b, float c) { return flushed(std::fma(flushed(a), flushed(b), flushed(c))); }
 float pair_product(float sum, float a_low, float a_high, float b_low, float b_high) {
   return flushed_fma(a_low, b_low, flushed_fma(a_high, b_high, sum));
 }
@@ -87,10 +86,6 @@ struct FloatRows {
   }
   float scale(const std::byte*, index_t) const { return 1.f; }
 };
-struct Bf16Rows {
-  static constexpr bool kRowScaled = false, kStoredBf16 = true;
-  static constexpr index_t offset(index_t d) { return 2 * d; }
-};
 // A row of floats with its scale behind it.
 struct ScaledRows : FloatRows {
   static constexpr bool kRowScaled = true;
@@ -106,8 +101,6 @@ std::vector<T> filled(index_t count, T value) {
   return std::vector<T>(at(count), value);
 }
 std::vector<bf16> poisoned_pairs(index_t count) { return filled(count, bf16{0x7fc1}); }
-
-bool same_bits(float a, float b) { return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b); }
 
 // One tile: queries, keys and values that are bf16 numbers, packed.
 struct Packed {

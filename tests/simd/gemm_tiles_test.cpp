@@ -19,10 +19,10 @@ TEST_CASE("without tile registers a group has the rows of the vector kernels") {
 #include <limits>
 #include <vector>
 
-#include "fovea/core/convert.hpp"
-#include "support/random.hpp"
+#include "support/bf16_numbers.hpp"
 
 using namespace fovea;
+using test::Bf16Rows, test::bf16_numbers, test::flushed, test::flushed_fma, test::number, test::same_bits;
 
 namespace {
 
@@ -31,21 +31,11 @@ const float kNan = std::numeric_limits<float>::quiet_NaN();
 
 std::size_t at(index_t n) { return static_cast<std::size_t>(n); }
 
-struct Bf16Rows {
-  static constexpr bool kRowScaled = false, kStoredBf16 = true;
-  static constexpr index_t offset(index_t d) { return 2 * d; }
-};
 Segment rows_of(const std::vector<bf16>& x, index_t dim, index_t first, index_t count) {
   return {reinterpret_cast<const std::byte*>(x.data() + first * dim), 2 * dim, count, 0};
 }
 
-std::vector<bf16> bf16_numbers(index_t count, test::Random& random) {
-  std::vector<bf16> values(at(count));
-  for (bf16& x : values) x = convert<bf16>(random.normal());
-  return values;
-}
 std::vector<bf16> poison(index_t count) { return std::vector<bf16>(at(count), bf16{0x7fc1}); }
-double number(bf16 x) { return convert<double>(x); }
 
 constexpr index_t kKeys = 3 * kTileStep + 5, kPanelStride = 4 * kPanel * kPanel;
 
@@ -84,8 +74,6 @@ struct Operands {
 const std::vector<index_t> kDims = {1, 2, 15, 31, 32, 33, 48, 64, 80, 128, 576};
 
 // TDPBF16PS in the words of the manual: even and odd terms of 32 from 0, their sum added on; no denormals anywhere.
-float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.f, x) : x; }
-float flushed_fma(float a, float b, float c) { return flushed(std::fma(flushed(a), flushed(b), flushed(c))); }
 template <class A, class B>   // a(k), b(k): floats
 float tile_sum(index_t begin, index_t end, const A& a, const B& b) {
   float sum = 0;
@@ -97,8 +85,6 @@ float tile_sum(index_t begin, index_t end, const A& a, const B& b) {
   }
   return sum;
 }
-bool same_bits(float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0; }
-
 // Sums of so many terms in chains of any grouping, some of them flushed.
 double bound(double terms, double size) { return (terms + 2) * (1.01 * 0x1p-24 * size + 0x1p-126); }
 

@@ -15,10 +15,10 @@ TEST_CASE("tiles are there where the compiler may use AMX on Linux, and given on
 #include <limits>
 #include <vector>
 
-#include "fovea/core/convert.hpp"
-#include "support/random.hpp"
+#include "support/bf16_numbers.hpp"
 
 using namespace fovea;
+using test::number;
 
 namespace {
 
@@ -26,11 +26,8 @@ std::size_t at(index_t n) { return static_cast<std::size_t>(n); }
 
 std::vector<bf16> rounded_numbers(index_t count, std::uint64_t seed) {
   test::Random random(seed);
-  std::vector<bf16> values(at(count));
-  for (bf16& x : values) x = convert<bf16>(static_cast<double>(random.normal()));
-  return values;
+  return test::bf16_numbers(count, random);
 }
-double number(bf16 x) { return convert<double>(x); }
 
 template <int RowTiles, bool Onto>
 void check_product(index_t depth, index_t a_stride, index_t b_stride, index_t c_stride) {

@@ -216,6 +216,7 @@ class ChunkTask {
       if constexpr (UpdateOf::kGain) {
         spec_.update.gain(at_, m_.gain);
         std::fill(m_.gain + at_.count, m_.gain + rows_, 0.f);
+        for (index_t j = 0; j < rows_; ++j) m_.suffix[j] = (kDecays ? m_.suffix[j] : 1.f) * m_.gain[j];
       }
     }
     if constexpr (kDelta) prepare_beta();
@@ -255,9 +256,6 @@ class ChunkTask {
     }
     if constexpr (kDelta) {
       keep_lower<false>(m_.kk, kDecays, 1.f, m_.lower);
-    }
-    if constexpr (has_gain()) {
-      for (index_t j = 0; j < rows_; ++j) m_.suffix[j] = (kDecays ? m_.suffix[j] : 1.f) * m_.gain[j];
     }
   }
   // Whether what a token writes is multiplied by suffix on its way into the state.

@@ -140,7 +140,7 @@ class StepTask {
     const index_t group = group_size(run_, place_.group);
     for (index_t member = 0; member < group; ++member) {
       head_ = place_.group * run_.plan.group + member;   // as they lie: they share nothing but their neighbourhood
-      next_head_ = member + 1 < group ? head_ + 1 : head_;
+      followed_ = member + 1 < group;
       load_state(run_, place_, head_, panels, key_sum);
       if (in_place_) copy_in_place();
       for (index_t t = place_.tokens.begin; t < place_.tokens.end; ++t) token(t);
@@ -299,9 +299,7 @@ class StepTask {
   index_t next_tile(index_t n) const {
     if (!in_place_) return 0;
     const index_t step = Vectors * kLanes;
-    const bool same_head = n + 2 * step <= columns_;
-    if (!same_head && next_head_ == head_) return 0;
-    const index_t to = same_head ? step : (next_head_ - head_) * run_.final_state.stride[1] - n;
+    const index_t to = n + 2 * step <= columns_ ? step : followed_ ? run_.final_state.stride[1] - n : 0;
     return to * static_cast<index_t>(sizeof(float));
   }
 
@@ -432,7 +430,8 @@ class StepTask {
   const bool in_place_;
   TaskPlace place_{};
   ChunkPlace at_{};
-  index_t head_ = 0, next_head_ = 0, first_ = 0, columns_ = 0;
+  index_t head_ = 0, first_ = 0, columns_ = 0;
+  bool followed_ = false;   // the task has the next head too
 };
 
 }   // namespace FOVEA_ARCH

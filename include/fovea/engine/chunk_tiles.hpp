@@ -244,9 +244,6 @@ class TileChunkTask : ChunkTask<Spec> {
         scores(m_.middle16, m_.kk);
       }
     }
-    if constexpr (Base::has_gain()) {
-      for (index_t j = 0; j < rows_; ++j) m_.suffix[j] = (kDecays ? m_.suffix[j] : 1.f) * m_.gain[j];
-    }
     if constexpr (kDelta) {
       keep_factored<false>(m_.kk, 1.f, m_.lower16);
       turn_triangles();
@@ -321,7 +318,7 @@ class TileChunkTask : ChunkTask<Spec> {
   }
   bf16* w16(index_t p) const { return m_.w16 + p * stride_ * kPanel; }
   bf16* w_end16(index_t p) const {
-    return kByKey || (!kDecays && !Base::has_gain()) ? w16(p) : m_.w_end16 + p * stride_ * kPanel;
+    return Base::scales_writes() ? m_.w_end16 + p * stride_ * kPanel : w16(p);
   }
 
   // The pseudo-values of a block of tokens after the other: rounded as they are, and times what of them the state takes.

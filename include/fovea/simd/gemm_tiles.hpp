@@ -20,16 +20,23 @@ inline namespace FOVEA_ARCH {
 #if FOVEA_HAS_TILES
 static_assert(kPanel == kTileStep);
 
+constexpr index_t whole_tiles(index_t count) { return (count + kTileStep - 1) / kTileStep * kTileStep; }
+
+// c[r, n] = sum_k a[r, k] b[k, n] for the rows of a group and one panel b [k / 2, kPanel, 2]; touches 16 or 32 rows of a and c.
+inline void tile_group_product(index_t rows, const bf16* a, index_t a_stride, const bf16* b, index_t depth, float* c,
+                               index_t c_stride) {
+  if (rows > kTileStep / 2) {
+    tile_product<2, false>(a, a_stride, b, 2 * kPanel, depth, c, c_stride);
+  } else {
+    tile_product<1, false>(a, a_stride, b, 2 * kPanel, depth, c, c_stride);
+  }
+}
+
 // depth is a multiple of 32. queries [kTileStep, depth], keys [panel, depth / 2, kPanel, 2], s [kTileStep, kScoreStride].
 inline void tile_scores(index_t rows, index_t begin, index_t end, const bf16* queries, const bf16* keys, index_t depth,
                         float scale, float* s) {
   for (index_t column = begin / kPanel * kPanel; column < end; column += kPanel) {
-    const bf16* const panel = keys + column * depth;
-    if (rows > kTileStep / 2) {
-      tile_product<2, false>(queries, depth, panel, 2 * kPanel, depth, s + column, kScoreStride);
-    } else {
-      tile_product<1, false>(queries, depth, panel, 2 * kPanel, depth, s + column, kScoreStride);
-    }
+    tile_group_product(rows, queries, depth, keys + column * depth, depth, s + column, kScoreStride);
   }
   const f32 by(scale);
   for (index_t r = 0; r < rows; ++r, s += kScoreStride) {
@@ -42,14 +49,10 @@ inline void tile_scores(index_t rows, index_t begin, index_t end, const bf16* qu
 inline void tile_weigh(index_t rows, index_t begin, index_t end, const bf16* weights, const bf16* values,
                        index_t panel_stride, index_t dim, const float* rescale, float* acc, index_t acc_stride) {
   alignas(64) float sums[kTileStep * kPanel];
-  const index_t first = begin / kTileStep * kTileStep, depth = (end - first + kTileStep - 1) / kTileStep * kTileStep;
+  const index_t first = begin / kTileStep * kTileStep, depth = whole_tiles(end - first);
   values += first * kPanel;
   for (index_t d = 0; d < dim; d += kPanel, values += panel_stride) {
-    if (rows > kTileStep / 2) {
-      tile_product<2, false>(weights + first, 2 * kScoreStride, values, 2 * kPanel, depth, sums, kPanel);
-    } else {
-      tile_product<1, false>(weights + first, 2 * kScoreStride, values, 2 * kPanel, depth, sums, kPanel);
-    }
+    tile_group_product(rows, weights + first, 2 * kScoreStride, values, depth, sums, kPanel);
     const index_t width = std::min(kPanel, dim - d);
     for (index_t r = 0; r < rows; ++r) {
       const f32 keep(rescale[r]);
@@ -101,7 +104,7 @@ inline void tile_weigh_row(index_t begin, index_t end, const bf16* weights, cons
 // Rows of a group as they lie, rounded; zeros for rows and numbers that are not there.
 inline void pack_query_rows(const float* const* rows, index_t count, index_t element_stride, index_t dim,
                             bf16* to) {   // [kTileStep, padded dim]
-  for (index_t r = 0; r < kTileStep; ++r, to += (dim + kTileStep - 1) / kTileStep * kTileStep) {
+  for (index_t r = 0; r < kTileStep; ++r, to += whole_tiles(dim)) {
     for (index_t d = 0; d < dim; d += kPairNumbers) {
       i32 pairs(0);
       if (r < count) {

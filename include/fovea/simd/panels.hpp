@@ -25,7 +25,6 @@ inline namespace FOVEA_ARCH {
 
 struct F32Panels {
   using Element = float;
-  static constexpr const char* kName = "f32";
 
   // What a thread holds while it multiplies, if any of it is packed.
   struct Session {
@@ -110,15 +109,26 @@ inline void live_pairs(index_t begin, index_t end, const std::uint8_t* live, std
   }
 }
 
-// Where rows have a scale (8-bit formats) it is multiplied in before rounding; the scale of the scores multiplies the sums.
-struct DotBf16Panels {
+// What both kinds of bf16 panels share: the layout of values, and keys of which no stale column matters, because neither product has
+// slow numbers and the scores of such a column are nobody's.
+struct StoredBf16Panels {
   using Element = bf16;
-  static constexpr const char* kName = "bf16";
+
+  static constexpr index_t value_size(index_t dim, index_t keys) { return (dim + kPanel - 1) / kPanel * kPanel * keys; }
+  template <class Codec>
+  static bool pack_values(const Codec& codec, const Segment& values, index_t dim, index_t first, bf16* to,
+                          index_t panel_stride) {
+    return pack_values_bf16(codec, values, dim, first, to, panel_stride);
+  }
+  static void clear_keys(bf16*, index_t, index_t, index_t) {}
+};
+
+// Where rows have a scale (8-bit formats) it is multiplied in before rounding; the scale of the scores multiplies the sums.
+struct DotBf16Panels : StoredBf16Panels {
   using Session = F32Panels::Session;
 
   static constexpr index_t query_size(index_t dim) { return (dim + 1) / 2 * 2 * kTileRows; }
   static constexpr index_t key_size(index_t dim, index_t keys) { return (dim + 1) / 2 * 2 * keys; }
-  static constexpr index_t value_size(index_t dim, index_t keys) { return (dim + kPanel - 1) / kPanel * kPanel * keys; }
 
   static void pack_queries(const float* const* rows, index_t count, index_t element_stride, index_t dim,
                            float /*scale: in scores*/, bf16* to) {
@@ -128,13 +138,6 @@ struct DotBf16Panels {
   static void pack_keys(const Codec& codec, const Segment& keys, index_t dim, index_t first, bf16* to) {
     pack_keys_bf16(codec, keys, dim, (dim + 1) / 2 * 2, first, to);
   }
-  template <class Codec>
-  static bool pack_values(const Codec& codec, const Segment& values, index_t dim, index_t first, bf16* to,
-                          index_t panel_stride) {
-    return pack_values_bf16(codec, values, dim, first, to, panel_stride);
-  }
-  // Nothing: the dot product has no slow numbers, and the scores of a stale column are nobody's.
-  static void clear_keys(bf16*, index_t, index_t, index_t) {}
   static void clear_values(bf16*, index_t, index_t, index_t, index_t) {}
   static constexpr bool keeps_apart(index_t, index_t) { return true; }
 
@@ -210,10 +213,7 @@ struct DotBf16Panels {
 #if FOVEA_HAS_TILES
 
 // For processes that have tile registers; a group is kTileStep rows.
-struct TileBf16Panels {
-  using Element = bf16;
-  static constexpr const char* kName = "bf16 in tiles";
-
+struct TileBf16Panels : StoredBf16Panels {
   struct Session {
     explicit Session(bool packed) {
       if (packed) registers.emplace();
@@ -221,10 +221,8 @@ struct TileBf16Panels {
     std::optional<TileRegisters> registers;
   };
 
-  static constexpr index_t depth(index_t dim) { return (dim + kTileStep - 1) / kTileStep * kTileStep; }
-  static constexpr index_t query_size(index_t dim) { return depth(dim) * kTileStep; }
-  static constexpr index_t key_size(index_t dim, index_t keys) { return depth(dim) * keys; }
-  static constexpr index_t value_size(index_t dim, index_t keys) { return DotBf16Panels::value_size(dim, keys); }
+  static constexpr index_t query_size(index_t dim) { return whole_tiles(dim) * kTileStep; }
+  static constexpr index_t key_size(index_t dim, index_t keys) { return whole_tiles(dim) * keys; }
 
   static void pack_queries(const float* const* rows, index_t count, index_t element_stride, index_t dim,
                            float /*scale: in scores*/, bf16* to) {
@@ -232,26 +230,20 @@ struct TileBf16Panels {
   }
   template <class Codec>
   static void pack_keys(const Codec& codec, const Segment& keys, index_t dim, index_t first, bf16* to) {
-    pack_keys_bf16(codec, keys, dim, depth(dim), first, to);
+    pack_keys_bf16(codec, keys, dim, whole_tiles(dim), first, to);
   }
-  template <class Codec>
-  static bool pack_values(const Codec& codec, const Segment& values, index_t dim, index_t first, bf16* to,
-                          index_t panel_stride) {
-    return pack_values_bf16(codec, values, dim, first, to, panel_stride);
-  }
-  static void clear_keys(bf16*, index_t, index_t, index_t) {}
   // The rest of the blocks that begin and end lie in; half a pair is completed by pack_values.
   static void clear_values(bf16* to, index_t begin, index_t end, index_t dim, index_t panel_stride) {
     for (index_t d = 0; d < dim; d += kPanel, to += panel_stride) {
       std::fill(to + begin / kTileStep * kTileStep * kPanel, to + (begin + 1) / 2 * 2 * kPanel, bf16{});
-      std::fill(to + end / 2 * 2 * kPanel, to + depth(end) * kPanel, bf16{});
+      std::fill(to + end / 2 * 2 * kPanel, to + whole_tiles(end) * kPanel, bf16{});
     }
   }
   static constexpr bool keeps_apart(index_t begin, index_t end) { return begin % kTileStep == 0 && end % kTileStep == 0; }
 
   static void scores(index_t rows, index_t begin, index_t end, const bf16* queries, const bf16* keys, index_t dim,
                      float scale, float* s) {
-    tile_scores(rows, begin, end, queries, keys, depth(dim), scale, s);
+    tile_scores(rows, begin, end, queries, keys, whole_tiles(dim), scale, s);
   }
   static void weigh(index_t rows, index_t begin, index_t end, float* weights, const bf16* values, index_t panel_stride,
                     index_t dim, const float* rescale, float* acc, index_t acc_stride) {
@@ -268,9 +260,7 @@ struct TileBf16Panels {
 };
 
 // One of the two, for the whole process. A type of its own, because a call compiled for both would compile the engine twice.
-struct Bf16Panels {
-  using Element = bf16;
-  static constexpr const char* kName = "bf16";
+struct Bf16Panels : StoredBf16Panels {
   using Dot = DotBf16Panels;
   using Tile = TileBf16Panels;
 
@@ -282,7 +272,6 @@ struct Bf16Panels {
   static index_t key_size(index_t dim, index_t keys) {
     return tiles_allowed() ? Tile::key_size(dim, keys) : Dot::key_size(dim, keys);
   }
-  static constexpr index_t value_size(index_t dim, index_t keys) { return Dot::value_size(dim, keys); }
 
   static void pack_queries(const float* const* rows, index_t count, index_t element_stride, index_t dim, float scale,
                            bf16* to) {
@@ -292,12 +281,6 @@ struct Bf16Panels {
   static void pack_keys(const Codec& codec, const Segment& keys, index_t dim, index_t first, bf16* to) {
     pack_keys_bf16(codec, keys, dim, key_size(dim, 1), first, to);
   }
-  template <class Codec>
-  static bool pack_values(const Codec& codec, const Segment& values, index_t dim, index_t first, bf16* to,
-                          index_t panel_stride) {
-    return pack_values_bf16(codec, values, dim, first, to, panel_stride);
-  }
-  static void clear_keys(bf16*, index_t, index_t, index_t) {}
   static void clear_values(bf16* to, index_t begin, index_t end, index_t dim, index_t panel_stride) {
     if (tiles_allowed()) Tile::clear_values(to, begin, end, dim, panel_stride);
   }
