@@ -420,7 +420,7 @@ void RecurrentTable::add_cached_decode() {
 }
 
 void RecurrentTable::add_short() {
-  for (const index_t len : {4, 16, 64, 1024}) {
+  for (const index_t len : {2, 3, 4, 6, 8, 12, 16, 64, 1024}) {
     RecurrentRow row = with_heads(1, 1);
     row.decode = len < 1024;
     row.len = len;

@@ -46,12 +46,16 @@ int main() {
   // The state is updated in place; V-first is the layout that decode reads in one sweep.
   const fovea::RecurrentOptions<float> options{
       .layout = fovea::StateLayout::v_first, .initial_state = state, .final_state = state};
+  fovea::RecurrentPlan plan;
+  fovea::RecurrentOptions<float> asking = options;
+  asking.plan = &plan;   // filled by every call
   for (index_t begin = 0; begin < len;) {
     const index_t end = begin == 0 ? prompt : begin + 1;
     const fovea::Status status = fovea::gated_delta_net(positions(q, begin, end), positions(k, begin, end),
                                                         positions(v, begin, end), {positions(gate, begin, end)},
-                                                        positions(beta, begin, end), positions(out, begin, end), options);
+                                                        positions(beta, begin, end), positions(out, begin, end), asking);
     if (example::refused(status)) return 1;
+    if (begin == 0 || end == len) std::printf("%s tokens:\n%s", begin == 0 ? "the prompt's" : "later", fovea::describe(plan).c_str());
     begin = end;
   }
   std::printf("%td tokens of prompt, %td one by one; %zu bytes of state\n", prompt, len - prompt,

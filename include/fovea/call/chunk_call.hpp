@@ -56,7 +56,7 @@ Status run_tasks(const Run& run, const Spec& spec, const RecurrentOptions<float>
 // Plans the call and gives the task that its plan says: f.operator()<Task>().
 template <class Spec, class F>
 auto with_task(RecurrentRun& run, const RecurrentOptions<float>& options, const F& f) {
-  run.plan = plan_recurrent(run, options, 1, options.panels == Panels::bf16 ? tile_chunk<Spec>() : 0);
+  run.plan = plan_recurrent(run, options, kind_of<Spec>(), 1, options.panels == Panels::bf16 ? tile_chunk<Spec>() : 0);
 #if FOVEA_HAS_TILES
   if constexpr (tile_chunk<Spec>() > 0) {
     if (run.plan.panels == Panels::bf16) return f.template operator()<TileChunkTask<Spec>>();
@@ -69,7 +69,10 @@ auto with_task(RecurrentRun& run, const RecurrentOptions<float>& options, const 
 template <class Spec>
 Status run_recurrent(RecurrentRun& run, const Spec& spec, const RecurrentOptions<float>& options) {
   static_assert(check_chunk_spec<Spec>());
-  return with_task<Spec>(run, options, [&]<class Task>() { return run_tasks<Task>(run, spec, options); });
+  return with_task<Spec>(run, options, [&]<class Task>() {
+    if (options.plan != nullptr) *options.plan = run.plan;
+    return run_tasks<Task>(run, spec, options);
+  });
 }
 
 // Bytes for options.workspace, whatever the form.

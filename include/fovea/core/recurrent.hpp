@@ -46,6 +46,16 @@ struct Decay {
 // matrix products over chunks of tokens: prefill.
 enum class RecurrentForm : std::uint8_t { automatic, step, fused, chunked };
 
+// What a call does, decided before anything runs; describe() prints it (engine/recurrent_plan.hpp).
+struct RecurrentPlan {
+  RecurrentForm form = RecurrentForm::chunked;   // never automatic
+  index_t chunk = 32;
+  Panels panels = Panels::f32;   // in which chunks multiply
+  index_t group = 1;             // states of a task: in chunks side by side in every one, in steps one after the other
+  index_t tile_panels = 1;       // value panels of a task
+  index_t tiles = 1, groups = 1, tasks = 1;
+};
+
 // Taken by every mechanism. A sequence without tokens hands its state on unchanged. initial_state and final_state may be the
 // same memory. The references read the first six fields; the others say how the kernels run.
 template <class Real>
@@ -65,6 +75,7 @@ struct RecurrentOptions {
   // In which chunks multiply. bf16: q, k, scores, pseudo-values and a copy of the state are rounded to 8 bits of mantissa and
   // go through AMX tiles with fp32 sums; the state itself stays fp32 (docs/recurrent.md). Needs AMX.
   Panels panels = Panels::f32;
+  RecurrentPlan* plan = nullptr;   // where given: filled with what this call does
 };
 
 // Linear attention, o_t = S_t' phi(q_t) / (phi(q_t) . z_t + eps) with z the running sum of phi(k).

@@ -688,10 +688,10 @@ class LevelTask {
 // Twice those of a single state, because fewer levels are then live; the tables of a chunk grow with its square.
 inline constexpr index_t kLevelChunk = 64;
 
-inline RecurrentPlan plan_levels(const LevelRun& run, const RecurrentOptions<float>& options) {
+inline RecurrentPlan plan_levels(const LevelRun& run, const RecurrentOptions<float>& options, const RecurrentKind& kind) {
   const index_t chunk = options.chunk != 0 ? options.chunk : kLevelChunk;
   const index_t kept = std::max<index_t>(run.levels - bits_of(chunk) + 1, 1);
-  RecurrentPlan plan = plan_recurrent(run, options, kept);
+  RecurrentPlan plan = plan_recurrent(run, options, kind, kept);
   plan.chunk = chunk;
   const auto longest = [&] {
     index_t most = 0;
@@ -701,8 +701,9 @@ inline RecurrentPlan plan_levels(const LevelRun& run, const RecurrentOptions<flo
     }
     return most;
   };
-  const bool steps = options.form == RecurrentForm::step || (options.form == RecurrentForm::automatic &&
-                                                             plan.form == RecurrentForm::fused && longest() <= kStepUpTo);
+  const bool steps =
+      options.form == RecurrentForm::step ||
+      (options.form == RecurrentForm::automatic && longest() <= form_limits(kind, run.shape.dim_k, run.shape.dim_v).step_up_to);
   if (steps && run.final_levels) plan.form = RecurrentForm::step;
   return plan;
 }

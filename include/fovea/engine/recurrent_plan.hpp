@@ -1,20 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which form a recurrent call takes, and its tasks. Pure: shape, options and the table below.
+// Which form a recurrent call takes, and its tasks. Pure: shape, options and the table of engine/recurrent_table.hpp.
 #pragma once
+#include <cstdio>
 #include <cstdlib>
+#include <string>
 
-#include "chunk_policies.hpp"
+#include "recurrent_table.hpp"
 
 namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-// Up to so many tokens of a sequence the state is worked on where it lies, from the next on in chunks. One head of 128 x 128,
-// Gated DeltaNet, microseconds in place / fused / in chunks (rows recurrent/*/h1 of the benchmark): 1 token 4.6 / 12 / 23,
-// 4 tokens 18 / 22 / 22, 8 tokens 34 / 34 / 26, 64 tokens 270 / 183 / 76. The fused walk is for those who give no place for
-// the state.
-inline constexpr index_t kStepUpTo = 5;
-inline constexpr index_t kDefaultChunk = 32;
 // States that a task keeps in L2, next to its rows.
 inline constexpr index_t kGroupStateBytes = 512 * 1024;
 
@@ -24,10 +20,33 @@ inline bool can_step(const RecurrentRun& run) {
   return fits(run.final_state);
 }
 
+// What a mechanism does to a state, as far as its speed depends on it.
+struct RecurrentKind {
+  Written written;
+  bool by_key;   // factors per key channel
+};
+template <class Spec>
+constexpr RecurrentKind kind_of() {
+  return {Spec::UpdateOf::kind, Spec::DecayOf::kind == Decayed::key};
+}
+
+// The row of the largest measured state that is not larger than this one, else of the smallest.
+inline const FormLimits& form_limits(const RecurrentKind& kind, index_t dim_k, index_t dim_v) {
+  constexpr index_t kTableLanes = kLanes >= 16 ? 16 : kLanes >= 8 ? 8 : 4;
+  const FormLimits* found = nullptr;
+  for (const FormLimits& row : kFormLimits) {
+    if (row.lanes != kTableLanes || row.written != kind.written || row.by_key != kind.by_key) continue;
+    if (found == nullptr || row.dim * row.dim <= dim_k * dim_v) found = &row;
+  }
+  FOVEA_ASSERT(found != nullptr);
+  return *found;
+}
+
 // states: how many matrices a head keeps at a time. tile_chunk: where chunks are to multiply in tiles of bf16, their length.
-inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOptions<float>& options, index_t states = 1,
-                                    index_t tile_chunk = 0) {
+inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOptions<float>& options, const RecurrentKind& kind,
+                                    index_t states = 1, index_t tile_chunk = 0) {
   const RecurrentShape& shape = run.shape;
+  const FormLimits& limits = form_limits(kind, shape.dim_k, shape.dim_v);
   RecurrentPlan plan;
   index_t longest = 0, all = 0;
   for (index_t n = 0; n < shape.sequences; ++n) {
@@ -38,12 +57,13 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOpti
   const index_t busy = all / std::max<index_t>(longest, 1);   // sequences, were all as long as the longest
   plan.form = options.form;
   if (plan.form == RecurrentForm::automatic) {
-    plan.form = longest > kStepUpTo ? RecurrentForm::chunked : RecurrentForm::step;
+    const bool steps = longest <= limits.step_up_to && can_step(run);
+    plan.form = steps ? RecurrentForm::step : longest <= limits.fused_up_to ? RecurrentForm::fused : RecurrentForm::chunked;
   }
   if (run.read_last) plan.form = RecurrentForm::chunked;
   if (plan.form == RecurrentForm::step && !can_step(run)) plan.form = RecurrentForm::fused;
   if (plan.form == RecurrentForm::chunked && tile_chunk > 0) plan.panels = Panels::bf16;
-  plan.chunk = options.chunk != 0 ? options.chunk : plan.panels == Panels::bf16 ? tile_chunk : kDefaultChunk;
+  plan.chunk = options.chunk != 0 ? options.chunk : plan.panels == Panels::bf16 ? tile_chunk : limits.chunk;
   const index_t panels = value_panels(shape);
   const index_t wanted = 2 * options.executor.lanes();
   if (plan.form == RecurrentForm::chunked) {
@@ -75,6 +95,31 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOpti
   plan.tiles = (panels + plan.tile_panels - 1) / plan.tile_panels;
   plan.tasks = whole * plan.tiles;
   return plan;
+}
+
+inline const char* name_of(RecurrentForm form) {
+  switch (form) {
+    case RecurrentForm::automatic: return "automatic";
+    case RecurrentForm::step: return "step (token by token, the state where it lies)";
+    case RecurrentForm::fused: return "fused (token by token, the state in the workspace)";
+    case RecurrentForm::chunked: return "chunked (matrix products over chunks of tokens)";
+  }
+  return "?";
+}
+
+inline std::string describe(const RecurrentPlan& plan) {
+  const bool chunks = plan.form == RecurrentForm::chunked;
+  char chunk[96] = "none";
+  if (chunks)
+    std::snprintf(chunk, sizeof chunk, "%td tokens, %s panels", plan.chunk, plan.panels == Panels::bf16 ? "bf16 (AMX)" : "f32");
+  char text[512];
+  std::snprintf(text, sizeof text,
+                "form        %s\n"
+                "chunk       %s\n"
+                "tasks       %td: %td groups of up to %td states, values in %td tiles of up to %td panels of %td\n"
+                "isa         " FOVEA_ARCH_NAME "\n",
+                name_of(plan.form), chunk, plan.tasks, plan.groups, plan.group, plan.tiles, plan.tile_panels, kPanel);
+  return text;
 }
 
 }   // namespace FOVEA_ARCH

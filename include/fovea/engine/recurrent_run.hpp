@@ -33,16 +33,6 @@ struct RowMap {
   void (*apply)(const void* map, index_t head, index_t pos, const float* row, float* features) = nullptr;
 };
 
-// What runs, decided before anything does; the same for every mechanism.
-struct RecurrentPlan {
-  RecurrentForm form = RecurrentForm::chunked;   // never automatic
-  index_t chunk = 32;
-  Panels panels = Panels::f32;   // in which chunks multiply
-  index_t group = 1;           // states of a task, one after the other in every chunk: rows of a token lie side by side
-  index_t tile_panels = 1;     // value panels of a task
-  index_t tiles = 1, groups = 1, tasks = 1;
-};
-
 struct RecurrentRun {
   RecurrentShape shape{};   // dim_k: features
   Operand q, k, v;
