@@ -3,15 +3,17 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <thread>
 
 #include "support/dense.hpp"
 #include "support/problem.hpp"
 
 namespace {
-std::atomic<long> allocations{0};
+std::atomic<long> allocations{0}, allocated{0};   // how many, how many bytes
 
 void* counted(std::size_t bytes, std::size_t alignment) {
   ++allocations;
+  allocated += static_cast<long>(bytes);
   void* at = nullptr;
   if (alignment <= alignof(std::max_align_t)) {
     at = std::malloc(bytes == 0 ? 1 : bytes);
@@ -138,7 +140,7 @@ TEST_CASE("a smaller call after a larger one allocates nothing", "[allocation]")
 
 TEST_CASE("a plan with the caller's workspace allocates nothing, not even the first time", "[allocation]") {
   const Dense x(133, 1, 8, 2, 5, 1200, 48, 48);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     Result r = unwritten(x.q.view(), x.v.view());
@@ -168,6 +170,34 @@ TEST_CASE("a plan with the caller's workspace allocates nothing, not even the fi
     CHECK(allocations_of([&] { status = fovea::make_plan(plan, {1, 8, 2, 1, 1000, 48, 48}, options); }) == 0);
     CHECK(status.ok());
   }
+}
+
+TEST_CASE("weights are recomputed for the rows asked, without a score for every query and key", "[allocation][weights]") {
+  const index_t len = 3000, heads = 4;
+  const Dense x(135, 1, heads, 2, len, len, 8, 8);
+  const std::vector<float> lse(static_cast<std::size_t>(heads * len), 8.f);   // any numbers do
+  const std::vector<fovea::WeightRow> rows{{0, 0, 7}, {0, 1, 2999}, {0, 3, 1500}};
+  std::vector<float> store(rows.size() * static_cast<std::size_t>(len));
+  const View<float, 2> weights{store.data(), {3, len}, {len, 1}};
+  fovea::Status status;
+  long bytes = 0, warm = -1;
+  const auto call = [&] {
+    status = fovea::attention_weights(x.q.view(), x.k.view(), {lse.data(), {1, heads, len}, {heads * len, len, 1}}, rows, weights);
+  };
+  // A thread of its own has no workspace yet.
+  std::thread([&] {
+    const long before = allocated;
+    call();
+    bytes = allocated - before;
+    warm = allocations_of(call);
+  }).join();
+  INFO(status.message());
+  CHECK(status.ok());
+  CHECK(warm == 0);
+  // The scores of kStripRows queries and as much again for the rest; those of every query and key would be 36 MB a head.
+  INFO(bytes << " bytes");
+  CHECK(bytes > 0);
+  CHECK(bytes < 2 * 4 * fovea::kStripRows * len);
 }
 
 TEST_CASE("supports, merge and every refusal allocate nothing", "[allocation]") {

@@ -18,7 +18,7 @@ struct Golden {
   void check(const AttentionOptions& base, std::vector<double> weights, double lse) const {
     AttentionOptions options = base;
     options.scale = 1.f;
-    for (const Regime regime : kBothRegimes) {
+    for (const Regime regime : kRegimes) {
       options.regime = regime;
       const Result r = attend(q.view(), k.view(), v.view(), options);
       const Expected e = expect(q.view(), k.view(), v.view(), options);
@@ -76,7 +76,7 @@ TEST_CASE("window left 1, right 2 over zero scores averages the visible values",
   v.data = {0, 1, 2, 3, 4};
   AttentionOptions options;
   options.window = {1, 2};
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     options.regime = regime;
     const Result r = attend(q.view(), k.view(), v.view(), options);
     const double want[] = {1.0, 1.5, 2.5, 3.0, 3.5};
@@ -95,7 +95,7 @@ TEST_CASE("ALiBi lowers a score by slope times distance, in both directions", "[
   for (const bool is_causal : {false, true}) {
     options.causal = is_causal ? Causal::bottom_right : Causal::none;
     options.q_offset = offset;   // the queries stand at 2 and 3
-    for (const Regime regime : kBothRegimes) {
+    for (const Regime regime : kRegimes) {
       options.regime = regime;
       const Result r = attend(q.view(), k.view(), v.view(), options);
       for (index_t h = 0; h < heads; ++h) {
@@ -149,7 +149,7 @@ TEST_CASE("query head h reads kv head h / (q_heads / kv_heads)", "[golden][gqa]"
   for (index_t h = 0; h < kv_heads; ++h) {
     for (index_t j = 0; j < 5; ++j) v.view()(0, h, j, 0) = v.view()(0, h, j, 1) = static_cast<float>(h + 1);
   }
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     const Result r = attend(q.view(), k.view(), v.view(), options);

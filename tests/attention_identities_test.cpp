@@ -10,7 +10,7 @@ namespace {
 using namespace test;
 
 void check_reference(const Dense& x, const AttentionOptions& base) {
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options = base;
     options.regime = regime;
     const Result r = attend(x, options);
@@ -40,7 +40,7 @@ TEST_CASE("values of one give one", "[identities]") {
   for (const index_t len_k : {1, 5, 64, 333}) {
     Dense x(42, 1, 2, 1, 4, len_k, 16, 5);
     std::fill(x.v.data.begin(), x.v.data.end(), 1.f);
-    for (const Regime regime : kBothRegimes) {
+    for (const Regime regime : kRegimes) {
       AttentionOptions options;
       options.regime = regime;
       const Expected e = expect(x.q.view(), x.k.view(), x.v.view(), options);
@@ -55,7 +55,7 @@ TEST_CASE("a constant added to a row of scores moves the LSE only", "[identities
   const Dense x(43, 1, 2, 1, len_q, len_k, 16, 8);
   for (const float constant : {-40.f, 0.5f, 12.f, 300.f}) {
     Values bias(1, 1, 1, len_k, constant);
-    for (const Regime regime : kBothRegimes) {
+    for (const Regime regime : kRegimes) {
       AttentionOptions options;
       options.regime = regime;
       const Result plain = attend(x, options);
@@ -74,7 +74,7 @@ TEST_CASE("a constant added to a row of scores moves the LSE only", "[identities
 
 TEST_CASE("with as many queries as keys both causal alignments are one", "[identities]") {
   const Dense x(44, 2, 2, 2, 67, 67, 16, 16);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     options.causal = Causal::top_left;
@@ -89,7 +89,7 @@ TEST_CASE("a scale of 0 averages, a negative scale is a negative query", "[ident
   AttentionOptions options;
   options.scale = 0.f;
   check_reference(x, options);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     options.regime = regime;
     options.scale = -0.25f;
     const Result negative = attend(x, options);
@@ -105,7 +105,7 @@ TEST_CASE("empty rows: output 0, LSE -inf, or the sink's logit", "[identities][e
   const Dense x(46, 1, 2, 1, 7, 5, 8, 8);
   const std::vector<float> sinks{1.5f, -2.f};
   for (const bool with_sink : {false, true}) {
-    for (const Regime regime : kBothRegimes) {
+    for (const Regime regime : kRegimes) {
       AttentionOptions options;
       options.regime = regime;
       if (with_sink) options.sink = sinks;
@@ -173,7 +173,7 @@ TEST_CASE("one key, the last key only, lengths beside every tile edge", "[identi
     last.back() = 1;
     AttentionOptions options;
     options.keep = {last.data(), {1, 1, 1, len_k}, {len_k, len_k, len_k, 1}};
-    for (const Regime regime : kBothRegimes) {
+    for (const Regime regime : kRegimes) {
       options.regime = regime;
       const Result r = attend(x, options);
       for (index_t d = 0; d < 12; ++d) CHECK(r.at(0, 1, 2, d) == Catch::Approx(x.v.view()(0, 0, len_k - 1, d)).margin(1e-6));
@@ -222,7 +222,7 @@ TEST_CASE("scores of +-1e4 and beyond the range of exp", "[identities][scores]")
     check_reference(with_scores(scores), scale_one());
     for (float& score : scores) score = range;   // all equal: the average, however large
     const Dense equal = with_scores(scores);
-    for (const Regime regime : kBothRegimes) {
+    for (const Regime regime : kRegimes) {
       AttentionOptions options = scale_one();
       options.regime = regime;
       const Result r = attend(equal, options);
@@ -297,7 +297,7 @@ TEST_CASE("a sink of +inf takes everything", "[identities][sink]") {
   AttentionOptions options;
   options.sink = sinks;
   check_reference(x, options);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     options.regime = regime;
     const Result r = attend(x, options);
     for (index_t i = 0; i < 3; ++i) {
@@ -317,7 +317,7 @@ TEST_CASE("every dim of the contract, equal and unequal", "[identities][dims]") 
 }
 
 TEST_CASE("NaN in a live query, key or value reaches exactly the rows that use it", "[identities][nan]") {
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     Dense x(55, 1, 2, 1, 20, 100, 16, 16);
@@ -357,7 +357,7 @@ TEST_CASE("a NaN that follows or precedes a large score is not lost by the runni
     for (const float around : {0.f, 1e4f, -1e4f}) {
       std::vector<float> scores(1000, around);
       scores[at] = kNan;
-      for (const Regime regime : kBothRegimes) {
+      for (const Regime regime : kRegimes) {
         AttentionOptions options = scale_one();
         options.regime = regime;
         const Result r = attend(with_scores(scores), options);
@@ -373,7 +373,7 @@ TEST_CASE("a live NaN value shows even where its weight rounds to nothing", "[id
   scores[150] = -1000;
   Dense x = with_scores(scores);
   x.v.view()(0, 0, 150, 2) = kNan;
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options = scale_one();
     options.regime = regime;
     const Result r = attend(x, options);

@@ -62,7 +62,7 @@ TEST_CASE("strides that carry every tensor beyond 2^31 elements", "[index]") {
   };
   const Tensor<float> q = spread(inputs, 0), k = spread(inputs, 1024), v = spread(inputs, 2048), out = spread(output, 0);
   copy(x.q.view(), q), copy(x.k.view(), k), copy(x.v.view(), v);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     options.causal = Causal::top_left;
@@ -94,7 +94,7 @@ TEST_CASE("a cache of more than 2^31 elements seen through a window", "[index]")
   const Dense x(142, 1, 2, 1, 2, visible + 1, dim, dim);
   copy(x.k.view(), only_pos(k, len_k - visible - 1, visible + 1));
   copy(x.v.view(), only_pos(v, len_k - visible - 1, visible + 1));
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     options.causal = Causal::bottom_right;
@@ -109,7 +109,7 @@ TEST_CASE("far query positions and unbounded windows written as huge numbers", "
   const Dense x(143, 1, 2, 1, 4, 150, 16, 16);
   constexpr index_t huge = std::numeric_limits<index_t>::max();
   const std::vector<index_t> far{2'000'000'000}, before{-2'000'000'000};
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     const Result plain = attend(x, options);

@@ -14,7 +14,7 @@ using namespace test;
 std::string visible_keys(index_t len_q, index_t len_k, AttentionOptions options) {
   const Values q(1, 1, len_q, 2), k(1, 1, len_k, 2), v = identity_values(1, 1, len_k);
   std::string both;
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     options.regime = regime;
     const Result r = attend(q.view(), k.view(), v.view(), options);
     const Expected e = expect(q.view(), k.view(), v.view(), options);
@@ -148,7 +148,7 @@ TEST_CASE("truth tables of query offsets and key lengths", "[masks]") {
 
 TEST_CASE("causal = unmasked attention over the first keys", "[masks]") {
   for (const Shape& s : kShapes) {
-    for (const Regime regime : kBothRegimes) {
+    for (const Regime regime : kRegimes) {
       const Dense x(11, 1, 2, 1, s.len_q, s.len_k, s.dim, s.dim);
       AttentionOptions options = masked(Causal::top_left);
       options.regime = regime;
@@ -167,7 +167,7 @@ TEST_CASE("a window = unmasked attention over the sliced keys", "[masks]") {
       AttentionOptions options = masked(Causal::none, window);
       const std::vector<index_t> offset{s.len_k / 3};
       options.q_offset = offset;
-      for (const Regime regime : kBothRegimes) {
+      for (const Regime regime : kRegimes) {
         options.regime = regime;
         const Result whole = attend(x, options);
         const Expected e = expect(x.q.view(), x.k.view(), x.v.view(), options);
@@ -198,7 +198,7 @@ TEST_CASE("a window = unmasked attention over the sliced keys", "[masks]") {
 
 TEST_CASE("a window as wide as the keys changes no bit of a causal call", "[masks]") {
   const Dense x(13, 1, 2, 1, 70, 70, 32, 32);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options = masked(Causal::top_left);
     options.regime = regime;
     const Result causal = attend(x, options);
@@ -269,7 +269,7 @@ TEST_CASE("a keep mask and a bias of -inf = attention over the gathered keys", "
     const auto sees = [&](index_t h, index_t i, index_t j) {
       return keep[static_cast<std::size_t>((h * s.len_q + i) * s.len_k + j)] != 0;
     };
-    for (const Regime regime : kBothRegimes) {
+    for (const Regime regime : kRegimes) {
       INFO(s.len_q << " x " << s.len_k << " dim " << s.dim);
       AttentionOptions options;
       options.regime = regime;
@@ -293,7 +293,7 @@ TEST_CASE("a bias adds to the scores after the softcap", "[masks][bias]") {
   AttentionOptions options;
   options.softcap = 3;
   options.bias = b.view();
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     options.regime = regime;
     const Result r = attend(q.view(), k.view(), v.view(), options);
     for (index_t i = 0; i < len_q; ++i) {
@@ -329,7 +329,7 @@ TEST_CASE("broadcast axes of bias and keep = the written-out mask, bit for bit",
         }
       }
     }
-    for (const Regime regime : kBothRegimes) {
+    for (const Regime regime : kRegimes) {
       AttentionOptions one, other;
       one.regime = other.regime = regime;
       one.bias = small.view();

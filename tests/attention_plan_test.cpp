@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // supports, make_plan, workspace_bytes: pure functions. prepare and run_lane: a caller's own threads.
+#include <algorithm>
+#include <functional>
+#include <numeric>
 #include <string>
 #include <thread>
 
@@ -12,6 +15,21 @@ using namespace test;
 
 fovea::AttentionShape shape_of(const Dense& x) {
   return {x.q.batch, x.q.heads, x.k.heads, x.q.len, x.k.len, x.q.dim, x.v.dim};
+}
+
+// Rows x keys of every task, in the order in which lanes draw them.
+std::vector<index_t> costs(const fovea::Plan& plan) {
+  std::vector<index_t> all;
+  for (const fovea::Task& task : plan.tasks)
+    all.push_back(plan.blocks[static_cast<std::size_t>(task.block)].row_count * (task.k_end - task.k_begin));
+  return all;
+}
+
+// Each task goes to the lane that is free first: what lanes do that draw from one counter.
+std::vector<index_t> dealt(const std::vector<index_t>& costs, int lanes) {
+  std::vector<index_t> load(static_cast<std::size_t>(lanes), 0);
+  for (const index_t cost : costs) *std::min_element(load.begin(), load.end()) += cost;
+  return load;
 }
 
 }  // namespace
@@ -83,9 +101,75 @@ TEST_CASE("the workspace grows with lanes and tiles, not with len_q x len_k", "[
   CHECK(fovea::workspace_bytes(large, 2) < std::size_t{8} << 20);
 }
 
+TEST_CASE("the longest tasks come first, and lanes end at about the same time", "[plan][lanes]") {
+  InOrder pool;
+  const auto check = [&](const char* what, const fovea::AttentionShape& shape, AttentionOptions options) {
+    options.cpu.l2_bytes = index_t{1} << 20;
+    for (const int lanes : {2, 3, 8}) {
+      options.executor = {pool, lanes};
+      fovea::Plan plan;
+      REQUIRE(fovea::make_plan(plan, shape, options).ok());
+      const std::vector<index_t> all = costs(plan), load = dealt(all, lanes);
+      INFO(what << ", " << lanes << " lanes:\n" << plan.describe() << "tasks cost from " << all.back() << " to " << all.front());
+      CHECK(all.size() >= static_cast<std::size_t>(4 * lanes));
+      CHECK(all.front() > all.back());
+      CHECK(std::is_sorted(all.begin(), all.end(), std::greater<>()));
+      // Four tasks a lane, of which the last are the short ones, leave no lane a tenth above its even share.
+      const index_t most = *std::max_element(load.begin(), load.end());
+      const index_t total = std::accumulate(all.begin(), all.end(), index_t{0});
+      CHECK(10 * most * lanes <= 11 * total);
+      const index_t least = *std::min_element(load.begin(), load.end());
+      if (shape.q_heads % lanes == 0 && shape.kv_heads == shape.q_heads) CHECK(most == least);
+    }
+  };
+  AttentionOptions options;
+  options.causal = Causal::top_left;
+  check("causal, 8 heads", {1, 8, 8, 2048, 2048, 128, 128}, options);
+  check("causal, a batch of 7", {7, 1, 1, 1000, 1000, 64, 64}, options);
+  options.causal = Causal::none;
+  check("decode", {1, 8, 1, 1, 400000, 128, 128}, options);   // 390 splits of 1024 keys, one of 640
+  check("wide decode", {2, 8, 1, 8, 130000, 64, 64}, options);
+}
+
+TEST_CASE("the plan describes what it will do", "[plan]") {
+  const std::vector<index_t> cu_q{0, 1, 301}, cu_k{0, 3000, 3300};
+  const auto check = [](const fovea::AttentionShape& shape, const AttentionOptions& options,
+                        std::initializer_list<const char*> lines) {
+    fovea::Plan plan, same;
+    REQUIRE(fovea::make_plan(plan, shape, options).ok());
+    REQUIRE(fovea::make_plan(same, shape, options).ok());
+    const std::string text = plan.describe();
+    INFO(text);
+    const auto contains = [&](const std::string& words) { CHECK_THAT(text, Catch::Matchers::ContainsSubstring(words)); };
+    for (const char* line : lines) contains(line + std::string("\n"));
+    contains(std::to_string(plan.group_rows(Regime::prefill)) + " rows x 256 keys, f32 panels\n");
+    contains("isa         " FOVEA_ARCH_NAME "\n");
+    contains("workspace   " + std::to_string(fovea::workspace_bytes(plan, 1)) + " bytes for 1 lanes\n");
+    CHECK(text.back() == '\n');
+    CHECK(same.describe() == text);
+    fovea::AttentionShape longer = shape;
+    longer.q_heads *= 2;
+    REQUIRE(fovea::make_plan(same, longer, options).ok());
+    CHECK(same.describe() != text);
+  };
+  AttentionOptions options;
+  check({1, 8, 2, 2048, 2048, 64, 48}, options,
+        {"regime      prefill (K and V packed per key tile)", "heads       8 query, 2 kv (group 4), dims 64/48",
+         "key splits  0 blocks split, at most 1 splits of 1024 keys"});
+  check({2, 8, 2, 1, 5000, 64, 64}, options,
+        {"regime      decode (K and V read in place)", "tasks       20 tasks in 4 blocks of up to 16 rows, 2 sequences",
+         "key splits  4 blocks split, at most 5 splits of 1024 keys"});
+  check({1, 8, 1, 20, 3000, 64, 64}, options,
+        {"regime      wide decode (K and V packed per key tile, keys split)",
+         "key splits  1 blocks split, at most 3 splits of 1024 keys"});
+  options.cu_len_q = cu_q, options.cu_len_k = cu_k;
+  check({1, 8, 2, 301, 3300, 64, 64}, options,
+        {"regime      mixed, by the rows of each sequence", "key splits  2 blocks split, at most 3 splits of 1024 keys"});
+}
+
 TEST_CASE("a workspace on an odd address of exactly the size asked for", "[plan][workspace]") {
   const Dense x(104, 1, 4, 2, 3, 1100, 32, 32);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     const Result own = attend(x, options);
@@ -106,7 +190,7 @@ TEST_CASE("a workspace on an odd address of exactly the size asked for", "[plan]
 
 TEST_CASE("lse is optional and changes no bit of out", "[plan]") {
   const Dense x(105, 1, 4, 2, 9, 700, 16, 16);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     const Result with = attend(x, options);
@@ -118,7 +202,7 @@ TEST_CASE("lse is optional and changes no bit of out", "[plan]") {
 }
 
 TEST_CASE("prepare and run_lane on the caller's threads", "[plan][lanes]") {
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     const Dense x(106, 2, 6, 2, 33, 650, 24, 40);
     AttentionOptions options;
     options.regime = regime;
@@ -232,7 +316,7 @@ struct Reentrant {
 
 TEST_CASE("a call inside a call on the same thread keeps both right", "[plan][threads]") {
   const Dense outer(120, 1, 4, 2, 20, 700, 32, 32), inner(121, 1, 8, 2, 60, 400, 64, 64);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     const Result outer_alone = attend(outer, options), inner_alone = attend(inner);

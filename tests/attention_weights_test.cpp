@@ -102,7 +102,7 @@ TEST_CASE("weights of every row under every option", "[weights]") {
   p.bias = Share::full, p.bias_masks = true, p.keep = Share::heads;
   check_weights(Instance(p));
   p.scale = -0.7f;
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     p.regime = regime;
     check_weights(Instance(p));
   }

@@ -11,12 +11,12 @@
 
 using namespace fovea;
 using test::Dense;
+using test::kRegimes;
 using TestResult = test::Result;
 
 namespace {
 
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
-constexpr Regime kRegimes[] = {Regime::prefill, Regime::decode, Regime::wide_decode};
 
 struct TwoPassSoftmax {
   static constexpr bool kHasLse = true;

@@ -26,8 +26,6 @@ inline double worst_of(const Result& got, const Expected& want) {
   return worst;
 }
 
-inline constexpr Regime kRegimes[] = {Regime::prefill, Regime::decode, Regime::wide_decode};
-
 inline void check_case(const Run& run, const Ask& ask, const Dense& x, AttentionOptions options) {
   const Expected want = ask(x, options);
   ThreadPerLane threads;

@@ -46,7 +46,7 @@ TEST_CASE("elu of extreme rows, masks, futures, NaN and refusals") {
 }
 
 TEST_CASE("elu of (1, 0, -1)") {
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     const std::vector<float> p = weights_of({1, 0, -1}, fovea::elu(), regime);
     CHECK(p[0] == 2.f);
     CHECK(p[1] == 1.f);
@@ -81,7 +81,7 @@ TEST_CASE("elu of negative scores = softmax") {
   Dense x(94, 1, 4, 2, 19, 270, 16, 24);
   for (float& q : x.q.data) q = std::abs(q);
   for (float& k : x.k.data) k = -std::abs(k);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     options.causal = Causal::bottom_right;

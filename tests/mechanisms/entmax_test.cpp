@@ -10,8 +10,6 @@ namespace {
 
 using namespace test;
 
-constexpr Regime kRegimes[] = {Regime::prefill, Regime::decode, Regime::wide_decode};
-
 void weigh(std::span<double> scores, double alpha) {
   if (alpha == 2) return fovea::reference::SparsemaxWeights{}(scores);
   if (alpha == 1.5) return fovea::reference::Entmax15Weights{}(scores);

@@ -38,7 +38,7 @@ TEST_CASE("softmax-off-by-one of extreme rows, masks, futures, NaN and refusals"
 }
 
 TEST_CASE("softmax-off-by-one of (1, 0, -1), and of shifted scores") {
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     const std::vector<float> p = weights_of({1, 0, -1}, fovea::off_by_one(), regime);
     CHECK(p[0] == Catch::Approx(0.5344466).margin(1e-7));
     CHECK(p[1] == Catch::Approx(0.1966119).margin(1e-7));

@@ -72,7 +72,7 @@ TEST_CASE("T5 bias is a dense bias written out", "[relative_bias][identities]") 
   const index_t len_q = 20, len_k = 300, heads = 4;
   const Dense x(8, 1, heads, 2, len_q, len_k, 24, 17);
   const T5 t5(9, heads, {});
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     options.causal = Causal::bottom_right;
@@ -92,7 +92,7 @@ TEST_CASE("T5 bias is a dense bias written out", "[relative_bias][identities]") 
 TEST_CASE("a T5 table that is constant per head moves the LSE only", "[relative_bias][identities]") {
   const index_t heads = 3;
   const Dense x(11, 2, heads, 1, 18, 65, 16, 16);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     const Result plain = attend(x, options);

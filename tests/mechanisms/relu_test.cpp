@@ -49,7 +49,7 @@ TEST_CASE("relu of extreme rows, masks, futures, NaN and refusals") {
 }
 
 TEST_CASE("relu of (1, 0, -1) over 2 or 3 keys") {
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     CHECK(weights_of({1, 0, -1}, fovea::relu(2), regime) == std::vector<float>{0.5f, 0, 0});
     CHECK(weights_of({1, 0, -1}, fovea::relu(), regime) == std::vector<float>{1.f / 3, 0, 0});
   }
@@ -62,7 +62,7 @@ TEST_CASE("relu of q minus relu of -q is linear attention") {
   const Dense x(92, 1, 4, 2, len_q, len_k, dim, dim_v);
   Dense negated = x;
   for (float& q : negated.q.data) q = -q;
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     const Result one = attend_with(x, options, false, fovea::relu(kKeys));

@@ -54,8 +54,6 @@ Result attend_shaw(const Dense& x, AttentionOptions options, const ShawTables& t
   return r;
 }
 
-constexpr Regime kRegimes[] = {Regime::prefill, Regime::decode, Regime::wide_decode};
-
 }   // namespace
 
 TEST_CASE("Shaw against the reference", "[shaw]") {

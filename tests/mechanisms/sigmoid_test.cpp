@@ -42,7 +42,7 @@ TEST_CASE("sigmoid of extreme rows, masks, futures, NaN and refusals") {
 }
 
 TEST_CASE("sigmoid of (1, 0, -1) with bias -ln 3, and rows of zeros") {
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     const std::vector<float> p = weights_of({1, 0, -1}, fovea::sigmoid(fovea::sigmoid_bias(3)), regime);
     CHECK(p[0] == Catch::Approx(0.4753669).margin(5e-8));
     CHECK(p[1] == Catch::Approx(0.25).margin(5e-8));
@@ -99,7 +99,7 @@ TEST_CASE("sigmoid of negated queries and bias is the rest to a sum of values") 
   for (float& q : negated.q.data) q = -q;
   AttentionOptions options;
   options.causal = Causal::bottom_right;
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     options.regime = regime;
     const Result one = attend_with(x, options, false, fovea::sigmoid(kBias));
     const Result other = attend_with(negated, options, false, fovea::sigmoid(-kBias));
@@ -126,7 +126,7 @@ TEST_CASE("sigmoid of negated queries and bias is the rest to a sum of values") 
 
 // Softmax forgives slope * j for slope * |pos - j|; a normaliser that shifts do change must see the distance itself.
 TEST_CASE("sigmoid sees ALiBi's true distance") {
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     const index_t len = 20;
     const Values q(1, 2, len, 4, 0.f), k(1, 1, len, 4, 1.f), v = identity_values(1, 1, len);
     const std::vector<float> slopes{0.5f, 0.0625f};

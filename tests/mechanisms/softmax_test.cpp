@@ -29,7 +29,40 @@ const std::vector<index_t> kLengths{0,  1,  1,  2,  3,  5,  6,  7,  8,  11, 12, 
 
 constexpr index_t kCases = 43 * 126;   // every dim 126 times
 
+// Around the borders of KV splits.
+const std::vector<index_t> kSplitLengths{1023, 1024, 1025, 1281, 2047, 2048, 2049, 3073};
+
 index_t shorter(Random& random, index_t len) { return len <= 1 ? len : random.between(1, (len + 1) / 2); }
+
+// A step over several KV splits, in one sequence of a ragged call and in all of another: few queries near the end of the keys,
+// no cost to speak of.
+void lengthen(Problem& p, Random& random) {
+  const index_t stored = random.pick(kSplitLengths), queries = random.between(1, 3);
+  const auto place = [&](std::size_t s) {
+    p.len_q[s] = queries;
+    p.stored_k[s] = stored;
+    if (!p.len_k.empty()) p.len_k[s] = random.one_in(3) ? stored : random.between(stored - 600, stored);
+  };
+  if (!p.is_ragged) {
+    for (std::size_t s = 0; s < p.sequences(); ++s) place(s);
+  } else {
+    place(static_cast<std::size_t>(random.below(static_cast<index_t>(p.sequences()))));
+  }
+  if (!p.q_offset.empty() || p.causal == Causal::top_left) {
+    p.q_offset.clear();
+    for (std::size_t s = 0; s < p.sequences(); ++s) p.q_offset.push_back(random.between(p.stored_k[s] * 3 / 4, p.stored_k[s] + 3));
+  }
+  if (p.window.left >= 0) p.window.left = random.pick<index_t>({0, 31, 700, 1024, 1500, 2100});
+  if (p.dim_v != p.dim_qk) p.dim_v = std::min<index_t>(p.dim_v, 40);
+  while (p.flop() > 1.2e6 && p.q_heads > 1) {
+    if (p.q_heads > p.kv_heads && (p.kv_heads == 1 || random.one_in(2))) {
+      p.q_heads = p.kv_heads;
+    } else {
+      p.q_heads /= p.kv_heads;
+      p.kv_heads = 1;
+    }
+  }
+}
 
 // Case n depends on n alone.
 Problem grid_case(index_t n) {
@@ -37,7 +70,7 @@ Problem grid_case(index_t n) {
   Problem p;
   p.seed = static_cast<std::uint64_t>(n) + 1000;
   p.dim_qk = dims()[static_cast<std::size_t>(n % 43)];
-  p.regime = std::array{Regime::automatic, Regime::prefill, Regime::decode}[static_cast<std::size_t>(n / 43 % 3)];
+  p.regime = std::array{Regime::automatic, Regime::prefill, Regime::decode, Regime::wide_decode}[static_cast<std::size_t>(n / 43 % 4)];
   p.layout =
       random.pick({Layout::bshd, Layout::bhsd, Layout::packed_qkv, Layout::interleaved_kv, Layout::padded, Layout::padded});
   p.is_ragged = random.one_in(3);
@@ -107,12 +140,30 @@ Problem grid_case(index_t n) {
   p.nan_in_live_value = !p.nan_in_live_key && random.one_in(24);
   p.lanes = static_cast<int>(random.between(1, 4));
   p.pool = random.pick({Pool::serial, Pool::threads, Pool::reversed, Pool::one_after_other});
+  const bool splits = p.regime != Regime::prefill && p.layout != Layout::packed_qkv && p.dim_qk <= 64;
+  if (splits && random.one_in(6)) lengthen(p, random);
   return p;
 }
 
 index_t number(const char* variable, index_t otherwise) {
   const char* const text = std::getenv(variable);
   return text == nullptr ? otherwise : static_cast<index_t>(std::strtoll(text, nullptr, 10));
+}
+
+// Is a row's softmax put together from several KV splits?
+bool has_splits(const Problem& p) {
+  const index_t group = p.q_heads / p.kv_heads;
+  for (std::size_t s = 0; s < p.sequences(); ++s) {
+    const bool whole = p.regime == Regime::automatic && p.len_q[s] * group > fovea::kWideRows;
+    if (whole || p.regime == Regime::prefill) continue;
+    for (index_t i = 0; i < p.len_q[s]; ++i) {
+      const index_t pos = p.position(s, i), left = p.window.left, right = p.causal != Causal::none ? 0 : p.window.right;
+      const index_t first = left < 0 ? 0 : std::max<index_t>(pos - left, 0);
+      const index_t last = std::min(right < 0 ? p.used_k(s) : pos + right + 1, p.used_k(s)) - 1;
+      if (first <= last && first / fovea::kSplitKeys != last / fovea::kSplitKeys) return true;
+    }
+  }
+  return false;
 }
 
 // One line per option: is it on in this problem?
@@ -141,7 +192,9 @@ std::vector<bool> switches(const Problem& p) {
           p.layout == Layout::padded,
           p.lanes > 1,
           p.nan_in_live_key,
-          p.nan_in_live_value};
+          p.nan_in_live_value,
+          p.regime == Regime::wide_decode,
+          has_splits(p)};
 }
 
 }  // namespace
@@ -170,12 +223,15 @@ TEST_CASE("the grid covers every dim, every pair of options and stays cheap", "[
   CHECK(flop > 1e9);
   for (index_t dim : dims()) CHECK(by_dim[dim] == 126);
   for (index_t len : kLengths) CHECK(lengths.count(len) == 1);
+  for (index_t len : kSplitLengths) CHECK(lengths.count(len) == 1);
   for (index_t group : {1, 3, 8}) CHECK(groups.count(group) == 1);
   for (std::size_t a = 0; a < count; ++a) {
     for (std::size_t b = 0; b < a; ++b) {
-      // Contradictions: one causal mode, one regime, one layout, one dim where K and V share a token, one NaN.
+      // Contradictions: one causal mode, one regime, one layout, one dim where K and V share a token, one NaN; prefill splits no
+      // keys, and fused QKV with as many queries as a split has keys is prefill too.
       const bool exclusive = (b == 2 && a == 3) || (b == 16 && a == 17) || (b >= 18 && a <= 20) ||
-                             (b == 14 && a >= 18 && a <= 19) || (b == 22 && a == 23);
+                             (b == 14 && a >= 18 && a <= 19) || (b == 22 && a == 23) ||
+                             (a == 24 && (b == 16 || b == 17)) || (a == 25 && (b == 16 || b == 18));
       INFO("switches " << b << " and " << a);
       CHECK((pairs[{b, a}] > 0) != exclusive);
     }

@@ -47,7 +47,7 @@ TEST_CASE("softpick of extreme rows, masks, futures, NaN and refusals") {
 }
 
 TEST_CASE("softpick of (1, 0, -1)") {
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     const std::vector<float> p = weights_of({1, 0, -1}, fovea::softpick(), regime);
     CHECK(p[0] == Catch::Approx(0.7310586).margin(4e-7));   // the table leaves epsilon out: 1e-6 / 2.35 of it
     CHECK(p[1] == 0.f);
@@ -73,7 +73,7 @@ TEST_CASE("e^x - 1 near 0 is within 2 ULP") {
 TEST_CASE("keys without a positive score get nothing, rows add up to at most 1") {
   Dense x(95, 1, 4, 2, 19, 270, 16, 24);
   const Values v = identity_values(1, 2, 270);
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     const Result p = attend_with(x.q.view(), x.k.view(), v.view(), options, false, fovea::softpick());
@@ -106,7 +106,7 @@ TEST_CASE("softpick of large scores = softmax") {
   Dense x(96, 1, 4, 2, 19, 270, 16, 24);
   const std::vector<float> constant(270, 40.f);
   for (float& q : x.q.data) q *= 0.5f;
-  for (const Regime regime : kBothRegimes) {
+  for (const Regime regime : kRegimes) {
     AttentionOptions options;
     options.regime = regime;
     options.causal = Causal::bottom_right;

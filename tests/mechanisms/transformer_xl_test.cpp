@@ -12,8 +12,6 @@ using fovea::Status;
 using fovea::XlTables;
 namespace reference = fovea::reference;
 
-constexpr Regime kRegimes[] = {Regime::prefill, Regime::decode, Regime::wide_decode};
-
 Expected expected(Tensor<const float> q, Tensor<const float> k, Tensor<const float> v, const AttentionOptions& options,
                   const XlTables& tables) {
   return expect_relative(q, k, v, options, [&](Tensor<double> out, View<double, 3> lse, const auto& watch) {

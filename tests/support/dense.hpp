@@ -151,6 +151,6 @@ inline double distance(const Result& a, const Expected& e) {
   return worst;
 }
 
-inline constexpr fovea::Regime kBothRegimes[] = {fovea::Regime::prefill, fovea::Regime::decode};
+inline constexpr fovea::Regime kRegimes[] = {fovea::Regime::prefill, fovea::Regime::decode, fovea::Regime::wide_decode};
 
 }  // namespace test

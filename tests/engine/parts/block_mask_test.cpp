@@ -9,6 +9,7 @@
 
 using namespace fovea;
 using test::Dense;
+using test::kRegimes;
 
 namespace {
 
@@ -170,8 +171,6 @@ test::Result attend(const Dense& x, const AttentionOptions& options, const M& ma
   return attend(x, options, test::AnyMask(mask), lanes);
 }
 
-constexpr Regime kAllRegimes[] = {Regime::prefill, Regime::decode, Regime::wide_decode};
-
 template <class M, class Sees>
 void check_attention(const M& mask, const Sees& sees, Dense x, index_t first) {
   const Written bytes = written(x, first, sees);
@@ -181,7 +180,7 @@ void check_attention(const M& mask, const Sees& sees, Dense x, index_t first) {
   options.keep = bytes.view;
   const test::Expected expected = test::expect(x.q.view(), x.k.view(), x.v.view(), options);
   options.keep = {};
-  for (const Regime regime : kAllRegimes) {
+  for (const Regime regime : kRegimes) {
     INFO("queries " << x.q.len << " from " << first << ", keys " << x.k.len << ", regime " << static_cast<int>(regime));
     options.regime = regime;
     const test::Result one = attend(x, options, mask);
@@ -291,7 +290,7 @@ TEST_CASE("a block mask changes no bit of what its function gives", "[masks][bit
   for (const index_t block : {16, 40, 128}) {
     BlockMask mask;
     REQUIRE(mask.build({.len_q = 300, .len_k = 300, .q_block = block, .k_block = block}, spiral).ok());
-    for (const Regime regime : kAllRegimes) {
+    for (const Regime regime : kRegimes) {
       const AttentionOptions options{.regime = regime};
       CHECK(test::same_bits(attend(x, options, block_masked(mask, spiral)),
                             attend(x, options, MaskFunction<decltype(spiral)>{spiral})));

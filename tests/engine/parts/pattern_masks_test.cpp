@@ -298,7 +298,7 @@ TEST_CASE("patterns of several sequences, at shifted positions", "[masks]") {
 TEST_CASE("patterns that say what options say give their bits", "[masks][bits]") {
   const Dense x(5, 1, 4, 2, 270, 270, 16, 16);
   const std::vector<index_t> none{0}, all{270}, borders{0, 48, 96, 144, 192, 240, 288}, one{0, 270};
-  for (const Regime regime : test::kBothRegimes) {
+  for (const Regime regime : test::kRegimes) {
     const AttentionOptions full{.regime = regime}, causal{.causal = Causal::top_left, .regime = regime};
     const test::Result plain = test::attend(x, full), triangle = test::attend(x, causal);
     CHECK(test::same_bits(attend(x, full, prefix_lm(none)), triangle));
@@ -386,7 +386,7 @@ TEST_CASE("golden: two documents of the scores 1, 0, -1", "[masks]") {
   }
   const std::vector<index_t> borders{0, 3, 6};
   const double golden[] = {0.6652410, 0.2447285, 0.0900306};
-  for (const Regime regime : test::kBothRegimes) {
+  for (const Regime regime : test::kRegimes) {
     const test::Result r = attend(x, {.scale = 1.f, .regime = regime}, documents(borders));
     for (index_t i = 0; i < 6; ++i) {
       CHECK(static_cast<double>(r.lse_at(0, 0, i)) == Catch::Approx(1.4076060).epsilon(1e-6));
