@@ -6,6 +6,7 @@
 #include <string>
 
 #include "support/dense.hpp"
+#include "support/executors.hpp"
 
 namespace {
 
@@ -249,6 +250,24 @@ TEST_CASE("numbers that are none", "[errors]") {
   refused_by_shape("softcap inf", bad, {"softcap", "inf"}, [](Call& c) { c.options.softcap = kInf; });
 }
 
+TEST_CASE("enums beyond their last value", "[errors]") {
+  const Code bad = Code::invalid_argument;
+  refused_by_shape("causal", bad, {"causal is 3"}, [](Call& c) { c.options.causal = static_cast<Causal>(3); });
+  refused_by_shape("regime", bad, {"regime is 4"}, [](Call& c) { c.options.regime = static_cast<fovea::Regime>(4); });
+  refused_by_shape("panels", bad, {"panels is 2"}, [](Call& c) { c.options.panels = static_cast<fovea::Panels>(2); });
+}
+
+TEST_CASE("an executor without lanes, or with too many", "[errors]") {
+  static InOrder pool;
+  for (const auto& [lanes, words] : {std::pair{0, "this one 0"}, {-3, "this one -3"}, {65537, "this one 65537"}}) {
+    refused_by_shape("lanes", Code::invalid_argument, {"1 to 65536 lanes", words},
+                     [count = lanes](Call& c) { c.options.executor = {pool, count}; });
+  }
+  Call call;
+  call.options.executor = {pool, 65536};
+  CHECK(fovea::supports(call.shape(), call.options).ok());
+}
+
 TEST_CASE("lengths and offsets", "[errors]") {
   const Code bad = Code::invalid_argument;
   refused_by_shape("negative len_k", bad, {"len_k", "-4"}, [](Call& c) { c.options.len_k = c.table = {1, -4, 2}; });
@@ -393,6 +412,66 @@ TEST_CASE("a plan of other lengths or positions is refused, not followed", "[err
         o.causal = Causal::top_left;
         o.q_offset = offsets;
       });
+}
+
+TEST_CASE("a plan of another window, regime, variant or heads is refused", "[errors][plan]") {
+  // Keeps whole rows of scores; a plan for online softmax has no room for them.
+  struct WholeRows {
+    fovea::Final weigh_row(const fovea::Row&, std::span<float>, std::span<float>) const { return {1.f, 0.f}; }
+  };
+  const auto check = [&](const char* what, std::initializer_list<const char*> words, auto make, const AttentionOptions& options) {
+    Call call;
+    const View<float, 3> lse = call.options.lse;
+    call.options = options;
+    call.options.lse = lse;
+    fovea::Plan plan;
+    REQUIRE(make(plan, call.shape()).ok());
+    std::vector<std::byte> workspace(fovea::workspace_bytes(plan, 1));
+    AttentionOptions prepared = call.options;
+    prepared.workspace = workspace;
+    fovea::AttentionRun run;
+    for (const Status& status : {fovea::attention(plan, call.q, call.k, call.v, call.out, call.options),
+                                 fovea::prepare(run, plan, call.q, call.k, call.v, call.out, prepared)}) {
+      INFO(what << ": \"" << status.message() << "\"");
+      CHECK(status.code() == Code::invalid_argument);
+      for (const char* word : words) CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring(word));
+      CHECK(call.untouched());
+    }
+  };
+  const auto made_with = [](const AttentionOptions& options) {
+    return [options](fovea::Plan& plan, const fovea::AttentionShape& shape) { return fovea::make_plan(plan, shape, options); };
+  };
+  AttentionOptions plain, left, right, causal, decode;
+  left.window.left = 3, right.window.right = 7, causal.causal = Causal::top_left, decode.regime = fovea::Regime::decode;
+  check("no window in the call", {"keys 3 left"}, made_with(left), plain);
+  check("no window in the plan", {"say 3 and"}, made_with(plain), left);
+  check("another right end", {"to 7 right"}, made_with(right), plain);
+  check("causal in the plan", {"to 0 right"}, made_with(causal), plain);
+  check("causal in the call", {"and 0"}, made_with(plain), causal);
+  check("another regime", {"another regime or panels"}, made_with(decode), plain);
+  check("a regime in the call", {"another regime or panels"}, made_with(plain), decode);
+  if (fovea::kHasBf16Dot) {
+    AttentionOptions bf16;
+    bf16.panels = fovea::Panels::bf16;
+    check("other panels", {"another regime or panels"}, made_with(bf16), plain);
+  }
+  check(
+      "a variant with whole rows", {"keys whole, rows kept; this one needs keys split, online"},
+      [](fovea::Plan& plan, const fovea::AttentionShape& shape) {
+        return fovea::make_plan(plan, shape, {}, fovea::variant().with_normalizer(WholeRows{}));
+      },
+      plain);
+  const auto with = [](auto change) {
+    return [change](fovea::Plan& plan, fovea::AttentionShape shape) {
+      change(shape);
+      return fovea::make_plan(plan, shape);
+    };
+  };
+  check("heads", {"for 12/2 heads", "the call has 6/2"}, with([](auto& s) { s.q_heads = 12; }), plain);
+  check("kv heads", {"for 6/6 heads", "the call has 6/2"}, with([](auto& s) { s.kv_heads = 6; }), plain);
+  check("dims", {"dims 16/4", "and 8/4"}, with([](auto& s) { s.dim_qk = 16; }), plain);
+  check("dims of v", {"dims 8/5", "and 8/4"}, with([](auto& s) { s.dim_v = 5; }), plain);
+  check("sequences", {"for 2 sequences, the call has 3"}, with([](auto& s) { s.batch = 2; }), plain);
 }
 
 TEST_CASE("merge refuses what does not fit", "[errors][merge]") {

@@ -37,6 +37,14 @@ Status attention(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, c
   if (Status s = door::check_dense(q, k, v); !s.ok()) return s;
   return attention<door::FormatsOf<TK, TV>>(q, door::kv_of(k, v), out, options);
 }
+// Views of another rank fit no call; without this one the compiler would list all of them and why.
+template <class TQ, int Q, class TK, int K, class TV, int V, class TO, int O>
+  requires(Q != 4 || K != 4 || V != 4 || O != 4)
+Status attention(const View<TQ, Q>&, const View<TK, K>&, const View<TV, V>&, const View<TO, O>&, const AttentionOptions& = {}) {
+  static_assert(Q == 4 && K == 4 && V == 4 && O == 4,
+                "fovea: q, k, v and out have four axes, [batch, head, pos, dim]; one sequence has batch 1");
+  return {};
+}
 template <class TK, class TV>
 Status attention(const Plan& plan, const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, const Result& out,
                  const AttentionOptions& options) {
