@@ -297,14 +297,12 @@ TEST_CASE("mixed caches that cannot be", "[errors][storage][mixed]") {
   refused("other heads", any, kInvalid, {"1 kv heads", "2"}, [](Call& c) { c.exact.kv_heads = 1; });
   refused("other dims of k", any, kInvalid, {"8/16", "24/16"}, [](Call& c) { c.exact.dim_qk = 8; });
   refused("other dims of v", any, kInvalid, {"24/8", "24/16"}, [](Call& c) { c.exact.dim_v = 8; });
-  refused("scales per channel in the middle", any, kUnsupported, {"scales per channel"}, [](Call& c) {
-    c.kv.k.format = Format::i8_channel;
-    c.kv.k_channel_scale = c.scales.data();
+  refused("scales per channel of the exact part's own", any, kInvalid, {"exact part has a k_channel_scale"}, [](Call& c) {
+    c.kv.k.format = c.exact.k.format = Format::i8_channel;
+    c.kv.k_channel_scale = c.exact.k_channel_scale = c.scales.data();
   });
-  refused("scales per channel in the exact part", any, kUnsupported, {"scales per channel"}, [](Call& c) {
-    c.exact.k.format = Format::i8_channel;
-    c.exact.k_channel_scale = c.scales.data();
-  });
+  refused("an exact part per channel beside keys that are not", any, kInvalid, {"i8_channel and no k_channel_scale"},
+          [](Call& c) { c.exact.k.format = Format::i8_channel; });
   refused("no len_k", any, kInvalid, {"len_k", "3 sequences"}, [](Call& c) { c.options.len_k = {}; });
   refused("ragged keys", any, kInvalid, {"cu_len_k"}, [](Call& c) {
     c.numbers = {0, 2, 4, 6};

@@ -4,6 +4,7 @@
 
 #include "catch_compat.hpp"
 #include "fovea/adapters/std_threads.hpp"
+#include "fovea/cache/append.hpp"
 #include "support/stored.hpp"
 
 namespace {
@@ -107,17 +108,18 @@ AttentionOptions options_of(const Way& way) {
 TEST_CASE("a mixed cache of one format = contiguous", "[bits][mixed]") {
   std::uint64_t seed = 1;
   for (const FormatPair& pair : kFormatPairs) {
-    if (pair.k == Format::i8_channel) continue;   // its scales are folded into the query
     const Keys keys(51, pair.k, pair.v, kKvHeads, kDimQk, kDimV, kLen);
     Tokens q = random_queries(52, 4 * 3, kHeads, kDimQk);
     const Housed flat(keys.k, keys.v, consecutive(keys.len), {});
+    Keys exact = keys;
+    exact.k.channel_scale.clear();   // those of the call are for both parts
     std::vector<Answer> whole;
     for (const Way& way : ways(pair.k, pair.v)) whole.push_back(attend_stored(q, flat.kv(), options_of(way), 4));
     for (const Cut& cut : kCuts) {
       for (const Lodging& how : middle_homes(seed)) {
         ++seed;
         const Lodging exact_how = exact_homes(seed)[seed % 2];
-        const Mixed mixed(keys, keys, cut, how, exact_how);
+        const Mixed mixed(keys, exact, cut, how, exact_how);
         std::size_t n = 0;
         for (const Way& way : ways(pair.k, pair.v)) {
           INFO(describe(pair) << ", " << describe(way) << ", below " << cut.first << " and from " << cut.from[0] << ": "
@@ -132,7 +134,7 @@ TEST_CASE("a mixed cache of one format = contiguous", "[bits][mixed]") {
 TEST_CASE("rows of the other part of a mixed cache leave no trace", "[bits][mixed][poison]") {
   std::uint64_t seed = 100;
   for (const FormatPair& pair : {FormatPair{Format::i8_token, Format::i8_token}, FormatPair{Format::i4_g32, Format::e4m3},
-                                 FormatPair{Format::e4m3, Format::i4_g64_zero}}) {
+                                 FormatPair{Format::i8_channel, Format::i4_g64_zero}}) {
     const Keys middle(53, pair.k, pair.v, kKvHeads, kDimQk, kDimV, kLen);
     const Keys exact(53, Format::bf16, Format::f16, kKvHeads, kDimQk, kDimV, kLen);
     Tokens q = random_queries(54, 4 * 3, kHeads, kDimQk);
@@ -179,6 +181,80 @@ TEST_CASE("each key of a mixed cache is read from its own part", "[mixed]") {
         INFO("below " << cut.first << " and from " << cut.from[0] << ", key " << j << ", " << regime_name(regime));
         CHECK(answer.out.value(0, j) == Catch::Approx(wanted).epsilon(1e-4));
       }
+    }
+  }
+}
+
+TEST_CASE("attention over a MixedCache with scales per channel reads the numbers that were appended", "[mixed][cache]") {
+  const index_t len = 70, sinks = 3, window = 20;
+  // Every eighth channel is 20 times as large as the others, and no two scales are alike.
+  std::vector<float> k = random_numbers(71, len * kKvHeads * kDimQk), scale(at(kKvHeads * kDimQk), 0.f);
+  for (std::size_t n = 0; n < k.size(); ++n) k[n] *= n % 8 == 3 ? 20.f : 1.f;
+  const std::vector<float> v = random_numbers(72, len * kKvHeads * kDimV);
+  const Tensor<const float> keys = fovea::bshd(k.data(), 1, len, kKvHeads, kDimQk);
+  fovea::widen_channels(keys, scale.data());
+  fovea::channel_scales(scale.data(), kKvHeads * kDimQk, scale.data());
+  for (const Format exact : {Format::bf16, Format::f16, Format::f32}) {
+    INFO(name_of(exact));
+    fovea::MixedCache cache;
+    REQUIRE(cache
+                .create({.rows = {.kv_heads = kKvHeads,
+                                  .dim_qk = kDimQk,
+                                  .dim_v = kDimV,
+                                  .k = Format::i8_channel,
+                                  .v = Format::f32,
+                                  .k_channel_scale = scale.data()},
+                         .exact_k = exact,
+                         .exact_v = Format::f32,
+                         .slots = len,
+                         .sinks = sinks,
+                         .window = window,
+                         .poison = true})
+                .ok());
+    index_t lost = 0;
+    REQUIRE(fovea::append_tokens(cache, 0, keys, fovea::bshd(v.data(), 1, len, kKvHeads, kDimV), {}, &lost).ok());
+    CHECK(lost == 0);
+
+    // A key read back is off by half a step of its channel in the middle; elsewhere by its format's rounding, the quotient's
+    // and that of reading it (both fp32).
+    const Kv kv = cache.batch().kv;
+    REQUIRE(kv.exact->k_channel_scale == nullptr);
+    const double unit = exact == Format::bf16 ? 0x1p-8 : exact == Format::f16 ? 0x1p-11 : 0;
+    std::vector<float> read(k.size());
+    double worst = 0;
+    for (index_t j = 0; j < len; ++j) {
+      const bool is_exact = j < sinks || j >= len - window;
+      const Kv& part = is_exact ? *kv.exact : kv;
+      const index_t key = j < sinks || !is_exact ? j : sinks + j - (len - window);
+      const index_t slot = !is_exact || key < sinks ? key : sinks + (part.ring_begin[0] + key - sinks) % (part.len - sinks);
+      for (index_t h = 0; h < kKvHeads; ++h) {
+        const std::byte* const row = part.k.data + h * part.k.stride[1] + slot * part.k.stride[2];
+        const float* const of_head = scale.data() + h * kDimQk;
+        for (index_t d = 0; d < kDimQk; ++d) {
+          const std::size_t n = at((j * kKvHeads + h) * kDimQk + d);
+          const double stored = fovea::reference::stored_value(part.k.format, row, kDimQk, d, of_head);
+          read[n] = static_cast<float>(is_exact ? stored * double{of_head[d]} : stored);
+          const double budget =
+              is_exact ? std::abs(double{k[n]}) * (unit + 3 * kUnit) : 0.5 * double{of_head[d]} * (1 + 256 * kUnit);
+          worst = std::max(worst, std::abs(double{read[n]} - double{k[n]}) / budget);
+        }
+      }
+    }
+    CHECK(worst <= 1);
+    CHECK(worst > 0.5);
+
+    const Tokens q = random_queries(73, 6, kHeads, kDimQk);
+    const AttentionOptions o{.scale = 0.02f, .causal = Causal::bottom_right};
+    const Expected wanted = expect_stored(q.floats(), fovea::bshd<const float>(read.data(), 1, len, kKvHeads, kDimQk),
+                                          fovea::bshd(v.data(), 1, len, kKvHeads, kDimV), o);
+    for (const Regime regime : {Regime::prefill, Regime::decode, Regime::wide_decode}) {
+      AttentionOptions options = o;
+      options.len_k = cache.lengths();
+      options.regime = regime;
+      Tokens queries = q;
+      const WorstOf found = worst_of(attend_stored(queries, kv, options), wanted);
+      INFO(regime_name(regime) << ": " << found.where);
+      CHECK(found.budgets <= 1);
     }
   }
 }

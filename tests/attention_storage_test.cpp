@@ -162,11 +162,12 @@ Case grid_case(index_t n) {
   };
   c.home.home = std::array{Home::contiguous, Home::paged, Home::paged, Home::ring}[at(n / kPairs % 4)];
   lodge(c.home, c.k, c.v);
-  c.mixed = c.k != Format::i8_channel && c.home.weave != Weave::v_in_k && random.one_in(3);
+  c.mixed = c.home.weave != Weave::v_in_k && random.one_in(3);
   c.home.ragged = c.home.home == Home::contiguous && c.ragged && !c.mixed && random.one_in(2);
   if (c.mixed) {
     c.exact_k = c.k == Format::latent_fp8 ? random.pick({Format::latent_fp8, Format::bf16})
                                           : random.pick({Format::bf16, Format::f16, Format::f32, Format::e4m3});
+    if (c.k == Format::i8_channel && random.one_in(4)) c.exact_k = Format::i8_channel;
     c.exact_v = random.pick({Format::bf16, Format::f16, Format::f32, Format::i8_token});
     c.exact_home.home = random.pick({Home::contiguous, Home::ring});
     lodge(c.exact_home, c.exact_k, c.exact_v);
@@ -220,7 +221,7 @@ struct Staged {
     k_values = k.values, v_values = v.values;
     Placement tokens = consecutive(c.len_k), exact_tokens;
     if (c.mixed) {
-      exact_k = Rows(c.exact_k, c.kv_heads, c.dim_qk, k_numbers);
+      exact_k = beside(k, c.exact_k, k_numbers);
       exact_v = Rows(c.exact_v, c.kv_heads, c.dim_v, v_numbers, false);
       for (std::size_t s = 0; s < tokens.size(); ++s) {
         exact_tokens.emplace_back();
@@ -353,6 +354,7 @@ TEST_CASE("the grid of storage covers every pair of formats in every home and re
   std::set<std::tuple<Home, bool, Regime, Panels>> homes;
   std::set<std::tuple<Format, Regime, Panels>> k_in_panels, v_in_panels;
   std::set<index_t> all_dims, pages;
+  std::set<Format> k_in_mixed;
   index_t mixed = 0, v_in_k = 0, unequal = 0, ragged_keys = 0;
   for (index_t n = 0; n < kCases; ++n) {
     const Case c = grid_case(n);
@@ -367,6 +369,7 @@ TEST_CASE("the grid of storage covers every pair of formats in every home and re
       k_in_panels.insert({c.k, c.regime_of(s), c.panels});
       v_in_panels.insert({c.v, c.regime_of(s), c.panels});
     }
+    if (c.mixed) k_in_mixed.insert(c.k);
     mixed += c.mixed, v_in_k += c.home.weave == Weave::v_in_k, unequal += c.dim_qk != c.dim_v, ragged_keys += c.home.ragged;
   }
   CHECK(pairs.size() == kPairs);
@@ -379,6 +382,7 @@ TEST_CASE("the grid of storage covers every pair of formats in every home and re
   CHECK(v_in_panels.size() == (fovea::kHasBf16Dot ? 12 + 10 : 12) * 3);
   CHECK(homes.size() == (fovea::kHasBf16Dot ? 2 : 1) * 3 * 2 * 3);
   CHECK(mixed > kCases / 5);
+  CHECK(k_in_mixed.size() == 13);
   CHECK(v_in_k > 10);
   CHECK(unequal > kCases / 4);
   CHECK(ragged_keys > 50);

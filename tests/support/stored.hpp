@@ -229,6 +229,23 @@ class Rows {
   Tensor<const float> floats() const { return fovea::ragged(values.data(), tokens, heads, dim); }
 };
 
+// The exact keys of a mixed cache whose other keys are `k`: numbers [token, head, dim] divided by k's scales per channel, if it
+// has any, and values times them. That product is rounded to fp32: the fifth of the 6 u that a score may be off beside its sum
+// (docs/numerics.md), after the scales per channel, the scale, its rounded constant, and a row's own scale.
+inline Rows beside(const Rows& k, Format format, std::vector<float> numbers) {
+  if (k.channel_scale.empty()) return Rows(format, k.heads, k.dim, numbers);
+  const std::vector<float>& scale = k.channel_scale;
+  if (format == k.format) {
+    Rows exact = k;
+    exact.channel_scale.clear();   // the call has them
+    return exact;
+  }
+  for (std::size_t n = 0; n < numbers.size(); ++n) numbers[n] /= scale[n % scale.size()];
+  Rows exact(format, k.heads, k.dim, numbers);
+  for (std::size_t n = 0; n < numbers.size(); ++n) exact.values[n] *= scale[n % scale.size()];
+  return exact;
+}
+
 // V as the first numbers of the rows of K.
 inline Rows head_of(const Rows& k, index_t dim_v) {
   Rows v = k;

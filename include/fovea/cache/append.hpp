@@ -30,6 +30,7 @@ struct TokenWriter {
   const CacheRows& rows;
   const AppendRope& rope;
   index_t* lost;
+  const float* divisor = nullptr;   // [kv_head, dim_qk]  of keys that stand beside i8_channel ones (MixedCache)
 
   void operator()(index_t token, index_t kv_head, std::byte* k_row, std::byte* v_row) const {
     float numbers[kAppendDim];
@@ -39,6 +40,9 @@ struct TokenWriter {
       const index_t position = rope.position + token;
       rotate_rows(rope.layout, numbers, rows.dim_qk, numbers, rows.dim_qk, 1, table.cos_at(position), table.sin_at(position),
                   table.stride, table.pairs, rows.dim_qk);
+    }
+    if (divisor != nullptr) {
+      for (index_t d = 0; d < rows.dim_qk; ++d) numbers[d] /= divisor[kv_head * rows.dim_qk + d];
     }
     const float* const scale = rows.k_channel_scale == nullptr ? nullptr : rows.k_channel_scale + kv_head * rows.dim_qk;
     *lost += quantise_row(rows.k, numbers, 1, rows.dim_qk, scale, k_row);
@@ -93,12 +97,12 @@ Status append_tokens(Cache& cache, index_t sequence, const Operand& k, const Ope
   return status;
 }
 
-// The same for a mixed cache: every token is encoded in both formats.
+// The same for a mixed cache: every token is encoded in both formats, exact keys beside i8_channel ones divided by the scales.
 inline Status append_tokens(MixedCache& cache, index_t sequence, const Operand& k, const Operand& v,
                             const AppendRope& rope = {}, index_t* lost = nullptr) {
   if (Status status = check_append(cache.rows(), k, v, rope); !status.ok()) return status;
   index_t clipped = 0;
-  Status status = cache.append(sequence, k.extent[2], TokenWriter{k, v, cache.exact_rows(), rope, &clipped},
+  Status status = cache.append(sequence, k.extent[2], TokenWriter{k, v, cache.exact_rows(), rope, &clipped, cache.rows().k_channel_scale},
                                TokenWriter{k, v, cache.rows(), rope, &clipped});
   if (lost != nullptr) *lost += clipped;
   return status;

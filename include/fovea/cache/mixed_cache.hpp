@@ -21,6 +21,11 @@ inline namespace FOVEA_ARCH {
 // Every token is written twice when it is appended: exact rows into a ring, quantised rows into a contiguous store. So
 // nothing is encoded again when a token leaves the window, the codes are made from the numbers before any rounding, and a
 // rollback finds older tokens in the contiguous store, which has a slot for each token anyway. The ring is all it costs.
+//
+// With i8_channel keys the exact ones are stored divided by rows().k_channel_scale, number by number: a call multiplies the
+// scales into the query, once for all keys. append_tokens divides; whoever writes exact rows himself does too. Quotients of
+// calibrated numbers are at most 127 in size, and floating formats keep as many digits of them as of the numbers; f16 ends
+// in infinity at 516 times the calibrated range.
 class MixedCache {
  public:
   // Replaces whatever the cache held; on error it keeps it.
@@ -63,7 +68,7 @@ class MixedCache {
   }
 
   // Appends `count` tokens. write_exact and write_coded(token, kv_head, k_row, v_row) fill their rows; exact rows that this
-  // call would overwrite are not asked for.
+  // call would overwrite are not asked for. Beside i8_channel keys, exact ones are divided by the scales (above).
   template <RowWriter WriteExact, RowWriter WriteCoded>
   Status append(index_t sequence, index_t count, WriteExact&& write_exact, WriteCoded&& write_coded) {
     if (Status status = check_call(sequence, count); !status.ok()) return status;
@@ -83,7 +88,7 @@ class MixedCache {
     return {};
   }
 
-  // Appends ready rows, strides per [-, kv_head, token] as in Stored.
+  // Appends ready rows, strides per [-, kv_head, token] as in Stored; exact keys divided as above.
   Status append(index_t sequence, index_t count, const Stored& exact_k, const Stored& exact_v, const Stored& coded_k,
                 const Stored& coded_v) {
     if (Status status = first_error(

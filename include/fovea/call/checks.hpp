@@ -148,10 +148,11 @@ inline Status check_stored(const char* name, const Kv& kv, const Stored& stored,
   return {};
 }
 
-inline Status check_formats(const Kv& kv) {
+// k_channel_scale: of the call, also where kv is the exact part of a mixed cache.
+inline Status check_formats(const Kv& kv, const float* k_channel_scale) {
   if (kv.v.format == Format::i8_channel)
     return unsupported("fovea: v has format i8_channel, which is for k: scales per channel would have to be summed over keys");
-  if (kv.k.format == Format::i8_channel && kv.k_channel_scale == nullptr)
+  if (kv.k.format == Format::i8_channel && k_channel_scale == nullptr)
     return invalid("fovea: k has format i8_channel and no k_channel_scale");
   if (kv.k.format != Format::i8_channel && kv.k_channel_scale != nullptr)
     return invalid("fovea: k_channel_scale goes with format i8_channel, k is %s", name_of(kv.k.format));
@@ -220,8 +221,8 @@ inline Status check_exact(const Kv& kv, const AttentionOptions& o, index_t seque
   if (exact.kv_heads != kv.kv_heads || exact.dim_qk != kv.dim_qk || exact.dim_v != kv.dim_v)
     return invalid("fovea: the exact part has %td kv heads and dims %td/%td, the others %td and %td/%td", exact.kv_heads,
                    exact.dim_qk, exact.dim_v, kv.kv_heads, kv.dim_qk, kv.dim_v);
-  if (kv.k_channel_scale != nullptr || exact.k_channel_scale != nullptr)
-    return unsupported("fovea: scales per channel are folded into the query, so all keys of a call have them or none");
+  if (exact.k_channel_scale != nullptr)
+    return invalid("fovea: the exact part has a k_channel_scale; the other part's is for both, and exact k are stored divided by it");
   if (exact.home > Home::ring)
     return invalid("fovea: the exact part's home is %d, no value of the enum", static_cast<int>(exact.home));
   if (!o.cu_len_k.empty() || static_cast<index_t>(o.len_k.size()) != sequences)
@@ -248,7 +249,7 @@ inline Status check_exact(const Kv& kv, const AttentionOptions& o, index_t seque
 // Where the keys are, against the lengths of the call.
 inline Status check_home(const Kv& kv, const AttentionShape& shape, const AttentionOptions& o) {
   const index_t sequences = count_sequences(shape, o);
-  if (Status s = check_formats(kv); !s.ok()) return s;
+  if (Status s = check_formats(kv, kv.k_channel_scale); !s.ok()) return s;
   if (kv.home != Home::contiguous || kv.exact != nullptr) {
     if (!o.cu_len_k.empty())
       return invalid("fovea: cu_len_k is for keys stored one sequence after the other; a cache takes len_k");
@@ -336,7 +337,7 @@ inline Status check_call(const Operand& q, const Kv& kv, const Result& out, cons
   if (kv.exact != nullptr) {
     if (Status s = check_stored("the exact k", *kv.exact, kv.exact->k, kv.exact->dim_qk, exact_k_bytes); !s.ok()) return s;
     if (Status s = check_stored("the exact v", *kv.exact, kv.exact->v, kv.exact->dim_v, exact_v_bytes); !s.ok()) return s;
-    if (Status s = check_formats(*kv.exact); !s.ok()) return s;
+    if (Status s = check_formats(*kv.exact, kv.k_channel_scale); !s.ok()) return s;
   }
   if (Status s = check_data("out", out, out_bytes); !s.ok()) return s;
   if (Status s = check_data("bias", o.bias, bias_bytes); o.bias && !s.ok()) return s;

@@ -83,7 +83,9 @@ struct Kv {
   index_t sinks = 0;                                  // ring: slots that never move
   std::span<const index_t> ring_begin{};              // ring: [sequence], how far the circular part is turned
 
-  const float* k_channel_scale = nullptr;             // [kv_head, dim_qk], with Format::i8_channel
+  // [kv_head, dim_qk], with Format::i8_channel. Multiplied into the queries, so into every k of the call: those of `exact` are
+  // stored divided by them, and `exact` has none of its own.
+  const float* k_channel_scale = nullptr;
 
   // Keys j < exact_first, and j >= exact_from[b], are read from `exact` instead (exact_from[b] may exceed len_k[b], up to
   // exact_first; pages are needed only for the keys between the two): the first tokens and a recent window in 16
