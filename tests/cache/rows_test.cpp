@@ -49,7 +49,20 @@ TEST_CASE("rows no cache can hold are refused with their numbers", "[cache]") {
   refused({.dim_qk = 8, .dim_v = 8, .v = Format::f16, .v_in_k = true}, Code::invalid_argument, "f16");
   refused({.dim_qk = 576, .dim_v = 576, .k = Format::latent_fp8, .v = Format::latent_fp8, .v_in_k = true},
           Code::invalid_argument, "at most 512");
-  refused({.dim_qk = 64, .dim_v = 64, .k = Format::e4m3, .v = Format::e4m3, .v_in_k = true}, Code::unsupported, "e4m3");
+  refused({.dim_qk = 8,
+           .dim_v = 8,
+           .k = Format::i8_channel,
+           .v = Format::i8_channel,
+           .v_in_k = true,
+           .k_channel_scale = scale.data()},
+          Code::unsupported, "V cannot be stored as i8_channel");
+  // Scales that stand behind all numbers of a row are not found behind its first ones.
+  for (const Format format : {Format::i8_token, Format::i4_g32, Format::i4_g64, Format::i4_g32_zero, Format::i4_g64_zero,
+                              Format::e4m3, Format::e5m2}) {
+    refused({.dim_qk = 64, .dim_v = 48, .k = format, .v = format, .v_in_k = true}, Code::unsupported,
+            "rows of K has all of their 64 numbers, dim_v is 48");
+    CHECK(fovea::check_rows({.dim_qk = 64, .dim_v = 64, .k = format, .v = format, .v_in_k = true}).ok());
+  }
   CHECK(fovea::check_rows({.dim_qk = 8, .dim_v = 8, .k = Format::i8_channel, .k_channel_scale = scale.data()}).ok());
   CHECK(fovea::check_rows({.dim_qk = 576, .dim_v = 512, .k = Format::latent_fp8, .v = Format::latent_fp8, .v_in_k = true})
             .ok());

@@ -24,7 +24,8 @@ using fovea::MlaDims;
 using fovea::Operand;
 using fovea::Tensor;
 using fovea::reference::MlaMatrix;
-using Attention = fovea::MlaAttention<fovea::Formats<Format::f32, Format::bf16, Format::latent_fp8>>;
+using Attention = fovea::MlaAttention<
+    fovea::Formats<Format::f32, Format::bf16, Format::latent_fp8, Format::i8_token, Format::e4m3>>;
 
 // The same numbers as bf16 for the layer and as doubles for the reference.
 struct Matrix {
@@ -119,7 +120,12 @@ fovea::Status step(const Layer& layer, const MlaMatrix& x, std::vector<index_t> 
 }
 
 fovea::CacheRows cache_rows(const MlaDims& dims, Format format) {
-  return {.kv_heads = 1, .dim_qk = dims.latent + dims.rope, .dim_v = dims.latent, .k = format, .v = format, .v_in_k = true};
+  return {.kv_heads = 1,
+          .dim_qk = dims.latent + dims.rope,
+          .dim_v = fovea::latent_value_dim(format, dims),
+          .k = format,
+          .v = format,
+          .v_in_k = true};
 }
 
 // Largest difference over the largest number of the reference.
@@ -192,39 +198,55 @@ TEST_CASE("the MLA layer on a ragged batch over pages, both forms, any number of
   const std::vector<index_t> cu{0, 5, 5, 6, 9};
   const MlaMatrix before = tokens_of(11, 48, 7), x = tokens_of(9, 48, 8);
   const index_t old[] = {0, 3, 7, 1};
-  std::vector<std::vector<float>> results;
-  for (const fovea::MlaForm form : {fovea::MlaForm::absorbed, fovea::MlaForm::expanded, fovea::MlaForm::absorbed}) {
-    fovea::PagedCache cache;
-    REQUIRE(
-        cache.create({.rows = cache_rows(dims, Format::bf16), .pages = 12, .page_size = 4, .sequences = 4, .poison = true})
-            .ok());
-    for (index_t s = 0; s < 4; ++s) {
-      index_t number = -1;
-      REQUIRE(cache.create_sequence(&number).ok());
-      REQUIRE(number == s);
+  for (const Format format : {Format::bf16, Format::i8_token, Format::e4m3}) {
+    INFO(fovea::name_of(format));
+    std::vector<std::vector<float>> results;
+    for (const fovea::MlaForm form : {fovea::MlaForm::absorbed, fovea::MlaForm::expanded, fovea::MlaForm::absorbed}) {
+      fovea::PagedCache cache;
+      REQUIRE(
+          cache.create({.rows = cache_rows(dims, format), .pages = 12, .page_size = 4, .sequences = 4, .poison = true})
+              .ok());
+      for (index_t s = 0; s < 4; ++s) {
+        index_t number = -1;
+        REQUIRE(cache.create_sequence(&number).ok());
+        REQUIRE(number == s);
+      }
+      std::vector<float> y;
+      REQUIRE(step(layer, before, {0, 0, 3, 10, 11}, cache, y, form).ok());
+      fovea::AttentionOptions options;
+      test::ThreadPerLane threads;
+      if (results.size() == 2) options.executor = fovea::Executor(threads, 3);
+      const fovea::Status status = step(layer, x, cu, cache, y, form, options);
+      INFO(status.message());
+      REQUIRE(status.ok());
+      results.push_back(y);
+      for (index_t s = 0; s < 4; ++s) {
+        const auto at = static_cast<std::size_t>(s);
+        const index_t first = cu[at], count = cu[at + 1] - first;
+        REQUIRE(cache.len(s) == old[s] + count);
+        if (count == 0) continue;
+        std::vector<index_t> positions;
+        for (index_t i = 0; i < count; ++i) positions.push_back(old[s] + i);
+        const std::vector<float> own(y.begin() + first * 48, y.begin() + (first + count) * 48);
+        const MlaMatrix now = rows_of(x, first, count), rows = stored(cache, s);
+        CHECK(difference(own, fovea::reference::mla_layer(layer.exact, now, positions, rows)) < kLimit);
+        // A row holds its token: half a step of the format (of the row's largest number with codes) and what fp32 sums cost.
+        const MlaMatrix fresh = fovea::reference::mla_latents(layer.exact, now, positions);
+        const double half_step = format == Format::bf16 ? 0x1p-8 : format == Format::i8_token ? 1 / 253. : 0x1p-4;
+        double worst = 0;
+        for (index_t i = 0; i < count; ++i) {
+          double largest = 0, off = 0;
+          for (index_t d = 0; d < rows.columns; ++d) {
+            largest = std::max(largest, std::abs(fresh(i, d)));
+            off = std::max(off, std::abs(rows(old[s] + i, d) - fresh(i, d)));
+          }
+          worst = std::max(worst, off / (half_step * largest + 1e-5));
+        }
+        CHECK(worst <= 1);
+      }
     }
-    std::vector<float> y;
-    REQUIRE(step(layer, before, {0, 0, 3, 10, 11}, cache, y, form).ok());
-    fovea::AttentionOptions options;
-    test::ThreadPerLane threads;
-    if (results.size() == 2) options.executor = fovea::Executor(threads, 3);
-    const fovea::Status status = step(layer, x, cu, cache, y, form, options);
-    INFO(status.message());
-    REQUIRE(status.ok());
-    results.push_back(y);
-    for (index_t s = 0; s < 4; ++s) {
-      const auto at = static_cast<std::size_t>(s);
-      const index_t first = cu[at], count = cu[at + 1] - first;
-      REQUIRE(cache.len(s) == old[s] + count);
-      if (count == 0) continue;
-      std::vector<index_t> positions;
-      for (index_t i = 0; i < count; ++i) positions.push_back(old[s] + i);
-      const std::vector<float> own(y.begin() + first * 48, y.begin() + (first + count) * 48);
-      CHECK(difference(own, fovea::reference::mla_layer(layer.exact, rows_of(x, first, count), positions,
-                                                        stored(cache, s))) < kLimit);
-    }
+    CHECK(std::memcmp(results[0].data(), results[2].data(), 4 * results[0].size()) == 0);
   }
-  CHECK(std::memcmp(results[0].data(), results[2].data(), 4 * results[0].size()) == 0);
 }
 
 TEST_CASE("the slips an MLA layer could make are far beyond its tolerance", "[mla][modules]") {

@@ -21,7 +21,7 @@ inline namespace v0 {
 struct CacheRows {
   index_t kv_heads = 1, dim_qk = 0, dim_v = 0;
   Format k = Format::bf16, v = Format::bf16;
-  bool v_in_k = false;                      // V is the first dim_v numbers of the K row (MLA) and takes no memory
+  bool v_in_k = false;   // V is the first dim_v numbers of the K row and takes no memory (MLA: latent_value_dim says how many)
   const float* k_channel_scale = nullptr;   // [kv_head, dim_qk]  with Format::i8_channel; copied when the cache is created
 };
 
@@ -95,13 +95,15 @@ inline Status check_rows(const CacheRows& rows) {
                            latent ? kLatentFp8Values : rows.dim_qk, name_of(rows.k), name_of(rows.v), rows.dim_v);
     }
     // The scales of the other formats stand behind all numbers of the row, where a shorter row has none.
-    if (!is_plain(rows.k) && !latent) {
-      return Status::error(Code::unsupported, "cache: V in K needs f32, f64, bf16, f16 or latent_fp8, not %s",
-                           name_of(rows.k));
+    if (!is_plain(rows.k) && !latent && rows.dim_v != rows.dim_qk) {
+      return Status::error(Code::unsupported, "cache: V in %s rows of K has all of their %td numbers, dim_v is %td",
+                           name_of(rows.k), rows.dim_qk, rows.dim_v);
     }
-  } else if (rows.v == Format::i8_channel || rows.v == Format::latent_fp8) {
+  } else if (rows.v == Format::latent_fp8) {
     return Status::error(Code::unsupported, "cache: V of its own cannot be stored as %s", name_of(rows.v));
   }
+  if (rows.v == Format::i8_channel)
+    return Status::error(Code::unsupported, "cache: V cannot be stored as i8_channel: its scales would be summed over keys");
   return {};
 }
 
