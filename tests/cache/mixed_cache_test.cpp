@@ -57,6 +57,9 @@ void random_operations(const MixedCacheShape& shape, int operations, std::uint64
   MixedCache cache;
   REQUIRE(cache.create(shape).ok());
   const CacheRows rows = cache.rows(), exact = exact_rows(shape);
+  const index_t apart = shape.layout == fovea::KvLayout::token_major ? rows.kv_heads : 1;
+  CHECK(cache.batch().kv.k.stride[2] == k_bytes(rows) * apart);
+  CHECK(cache.batch().kv.exact->k.stride[2] == k_bytes(exact) * apart);
   const index_t sinks = shape.sinks, ring = shape.window + shape.rollback;
   std::vector<Sequence> sequences(static_cast<std::size_t>(shape.sequences));
   for (Sequence& sequence : sequences) sequence.slots.assign(static_cast<std::size_t>(sinks + ring), 0);
@@ -177,6 +180,7 @@ TEST_CASE("MixedCache does what a vector of tokens and a vector of slots do, 150
                      .sinks = 2,
                      .window = 3,
                      .rollback = 4,
+                     .layout = fovea::KvLayout::token_major,
                      .poison = true},
                     5000, 2);
   random_operations({.rows = {.dim_qk = 576, .dim_v = 512, .k = Format::latent_fp8, .v = Format::latent_fp8, .v_in_k = true},

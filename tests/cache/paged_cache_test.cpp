@@ -13,6 +13,7 @@ using fovea::CacheRows;
 using fovea::Code;
 using fovea::Format;
 using fovea::KvBatch;
+using fovea::KvLayout;
 using fovea::PagedCache;
 using fovea::PagedCacheShape;
 using fovea::Status;
@@ -169,6 +170,8 @@ Seen random_operations(const PagedCacheShape& shape, int operations, std::uint64
   PagedCache cache;
   REQUIRE(cache.create(shape).ok());
   const CacheRows rows = cache.rows();
+  CHECK(cache.batch().kv.k.stride[2] ==
+        k_bytes(rows) * (shape.layout == KvLayout::token_major ? rows.kv_heads : 1));
   const index_t page_size = shape.page_size;
   const index_t width = shape.longest == 0 ? shape.pages : (shape.longest + page_size - 1) / page_size;
   Model model(shape.pages, page_size, shape.sequences, width);
@@ -326,6 +329,7 @@ TEST_CASE("PagedCache does what vectors of tokens do, 130000 random operations",
        .pages = 30,
        .page_size = 16,
        .sequences = 10,
+       .layout = KvLayout::token_major,
        .poison = true},
       20000, 3);
   run({.rows = {.dim_qk = 12, .dim_v = 8, .v_in_k = true},

@@ -73,6 +73,8 @@ void random_operations(const RingCacheShape& shape, int operations, std::uint64_
   RingCache cache;
   REQUIRE(cache.create(shape).ok());
   const CacheRows rows = cache.rows();
+  CHECK(cache.batch().kv.k.stride[2] ==
+        k_bytes(rows) * (shape.layout == fovea::KvLayout::token_major ? rows.kv_heads : 1));
   const Model model{shape.sinks, shape.window, shape.window + shape.rollback};
   const index_t slots = shape.sinks + model.ring;
   REQUIRE(cache.slots() == slots);
@@ -161,6 +163,7 @@ TEST_CASE("RingCache does what a vector of tokens and a vector of slots do, 2500
                      .sinks = 2,
                      .window = 3,
                      .rollback = 5,
+                     .layout = fovea::KvLayout::token_major,
                      .poison = true},
                     7000, 2);
   random_operations({.rows = {.dim_qk = 12, .dim_v = 8, .v_in_k = true},

@@ -13,7 +13,8 @@ struct MixedCacheShape {
   index_t sequences = 1, slots = 0;   // positions per sequence
   index_t sinks = 4, window = 64;     // tokens read from the exact rows
   index_t rollback = 0;               // tokens truncate() takes back without making the window shorter
-  bool poison = false;                // 0xFF wherever no token is; writes all memory once at creation
+  KvLayout layout = KvLayout::head_major;   // of both parts
+  bool poison = false;                      // 0xFF wherever no token is; writes all memory once at creation
 };
 
 inline namespace FOVEA_ARCH {
@@ -50,8 +51,8 @@ class MixedCache {
       state.sequences = shape.sequences;
       state.slots = shape.slots;
       state.places = places;
-      state.coded = RowStore(bump, shape.rows, shape.sequences, shape.slots, KvLayout::head_major, shape.poison);
-      state.exact = RowStore(bump, exact_rows, shape.sequences, places.slots(), KvLayout::head_major, shape.poison);
+      state.coded = RowStore(bump, shape.rows, shape.sequences, shape.slots, shape.layout, shape.poison);
+      state.exact = RowStore(bump, exact_rows, shape.sequences, places.slots(), shape.layout, shape.poison);
       state.len = bump.take<index_t>(shape.sequences);
       state.oldest = bump.take<index_t>(shape.sequences);
       state.exact_from = bump.take<index_t>(shape.sequences);
@@ -78,7 +79,7 @@ class MixedCache {
                            sequence, slots() - before, slots());
     }
     const index_t len = before + count, oldest = places().oldest(len, state().oldest[sequence]);
-    each_token_and_head(count, rows().kv_heads, 16, [&](index_t n, index_t kv_head) {
+    each_token_and_head(count, rows().kv_heads, coded().token_major() ? 1 : 16, [&](index_t n, index_t kv_head) {
       const index_t token = before + n, slot = places().slot(token);
       write_coded(n, kv_head, coded().k(sequence, kv_head, token), coded().v(sequence, kv_head, token));
       if (token >= sinks() && token < oldest) return;

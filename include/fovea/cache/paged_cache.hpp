@@ -13,7 +13,8 @@ struct PagedCacheShape {
   index_t pages = 0, page_size = 16;
   index_t sequences = 1;   // how many may exist at the same time
   index_t longest = 0;     // tokens of one sequence at most; 0 = the whole pool
-  bool poison = false;     // 0xFF in every free page and unwritten slot; writes all memory once at creation
+  KvLayout layout = KvLayout::head_major;
+  bool poison = false;   // 0xFF in every free page and unwritten slot; writes all memory once at creation
 };
 
 inline namespace FOVEA_ARCH {
@@ -43,7 +44,7 @@ class PagedCache {
       state.page_size = shape.page_size;
       state.sequences = shape.sequences;
       state.width = width;
-      state.store = RowStore(bump, shape.rows, shape.pages, shape.page_size, KvLayout::head_major, shape.poison);
+      state.store = RowStore(bump, shape.rows, shape.pages, shape.page_size, shape.layout, shape.poison);
       state.table = bump.take<std::int32_t>(shape.sequences * width);
       state.first_position = bump.take<std::int32_t>(shape.sequences * width);
       state.csr_pages = bump.take<std::int32_t>(shape.sequences * width);
@@ -98,11 +99,9 @@ class PagedCache {
       const index_t page = state().table[entry(sequence, (first + token) / page_size())],
                     slot = (first + token) % page_size();
       const index_t run = std::min(count - token, page_size() - slot);
-      for (index_t kv_head = 0; kv_head < rows().kv_heads; ++kv_head) {
-        for (index_t n = 0; n < run; ++n) {
-          write(token + n, kv_head, store().k(page, kv_head, slot + n), store().v(page, kv_head, slot + n));
-        }
-      }
+      each_token_and_head(run, rows().kv_heads, store().token_major() ? 1 : run, [&](index_t n, index_t kv_head) {
+        write(token + n, kv_head, store().k(page, kv_head, slot + n), store().v(page, kv_head, slot + n));
+      });
       token += run;
     }
     return {};

@@ -13,7 +13,8 @@ struct RingCacheShape {
   index_t sequences = 1;
   index_t sinks = 4, window = 0;
   index_t rollback = 0;   // tokens truncate() can always take back; as many slots more, which are not read
-  bool poison = false;    // 0xFF wherever no token is; writes all memory once at creation
+  KvLayout layout = KvLayout::head_major;
+  bool poison = false;   // 0xFF wherever no token is; writes all memory once at creation
 };
 
 inline namespace FOVEA_ARCH {
@@ -72,7 +73,7 @@ class RingCache {
     const auto take = [&](Bump& bump, State& state) {
       state.sequences = shape.sequences;
       state.places = places;
-      state.store = RowStore(bump, shape.rows, shape.sequences, places.slots(), KvLayout::head_major, shape.poison);
+      state.store = RowStore(bump, shape.rows, shape.sequences, places.slots(), shape.layout, shape.poison);
       state.total = bump.take<index_t>(shape.sequences);
       state.oldest = bump.take<index_t>(shape.sequences);
       state.len = bump.take<index_t>(shape.sequences);
