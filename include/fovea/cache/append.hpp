@@ -15,7 +15,7 @@ inline namespace v0 {
 struct AppendRope {
   const RopeTable* table = nullptr;
   RopeLayout layout = RopeLayout::half_split;
-  index_t position = 0;   // of the first token appended
+  index_t position = 0;   // of the first token appended; with a table of one row per token its row there
 };
 
 inline namespace FOVEA_ARCH {
