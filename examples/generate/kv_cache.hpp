@@ -8,6 +8,7 @@
 #include <fovea/cache/mixed_cache.hpp>
 #include <fovea/cache/paged_cache.hpp>
 #include <fovea/cache/ring_cache.hpp>
+#include <fovea/cache/turned_sinks.hpp>
 #include <fovea/engine/parts/rope.hpp>
 #include <optional>
 #include <string_view>
@@ -94,8 +95,6 @@ class KvCache {
     const fovea::CacheRows rows{
         .kv_heads = c_.kv_heads, .dim_qk = c_.head_dim, .dim_v = c_.head_dim, .k = options.format, .v = options.format};
     bytes_per_token_ = c_.layers * fovea::token_bytes(rows);
-    row_.resize(static_cast<std::size_t>(c_.head_dim));
-    turned_.assign(static_cast<std::size_t>(c_.layers), 0);
     switch (options.home) {
       case KvHome::contiguous:
         return create_layers<fovea::ContiguousCache>(fovea::ContiguousCacheShape{.rows = rows, .slots = c_.context});
@@ -112,10 +111,11 @@ class KvCache {
                                       "%td sinks and a window of %td are more positions than the model's %td", options.sinks,
                                       options.window, c_.context);
         }
-        const fovea::Status status = create_layers<fovea::RingCache>(
+        fovea::Status status = create_layers<fovea::RingCache>(
             fovea::RingCacheShape{.rows = rows, .sinks = options.sinks, .window = options.window});
-        if (status.ok())
-          unrotated_sinks_.resize(static_cast<std::size_t>(c_.layers * c_.kv_heads * options.sinks * c_.head_dim));
+        sinks_ = std::vector<fovea::TurnedSinks>(static_cast<std::size_t>(c_.layers));
+        for (std::size_t layer = 0; status.ok() && layer < sinks_.size(); ++layer)
+          status = sinks_[layer].create(std::get<std::vector<fovea::RingCache>>(layers_)[layer], kLayout);
         return status;
       }
       case KvHome::mixed:
@@ -138,17 +138,23 @@ class KvCache {
   // Tokens from `position` on: k not rotated, `table` has their positions. [1, kv_head, pos, dim]
   fovea::Status append(Index layer, Index position, fovea::Tensor<const float> k, fovea::Tensor<const float> v,
                        const fovea::RopeTable& table) {
-    const auto append_to = [&](auto& layers) {
-      return fovea::append_tokens(layers[static_cast<std::size_t>(layer)], 0, k, v,
-                                  {.table = &table, .layout = fovea::RopeLayout::half_split, .position = position});
+    const auto of_layer = static_cast<std::size_t>(layer);
+    const auto append_to = [&](auto& layers) -> fovea::Status {
+      auto& cache = layers[of_layer];
+      if constexpr (std::is_same_v<std::decay_t<decltype(cache)>, fovea::RingCache>) {
+        if (fovea::Status status = sinks_[of_layer].append(cache, 0, k, v, table); !status.ok()) return status;
+        // The step's table has the positions of its tokens only; sinks stand elsewhere.
+        if (fovea::Status status =
+                sink_rope_.move_to(fovea::TurnedSinks::position(cache, 0), std::max<Index>(options_.sinks, 1));
+            !status.ok()) {
+          return status;
+        }
+        return sinks_[of_layer].turn(cache, 0, sink_rope_.table());
+      } else {
+        return fovea::append_tokens(cache, 0, k, v, {.table = &table, .layout = kLayout, .position = position});
+      }
     };
-    if (fovea::Status status = std::visit(append_to, layers_); !status.ok()) return status;
-    if (!endless()) return {};
-    for (Index token = 0; token < k.extent[2] && position + token < options_.sinks; ++token) {
-      for (Index kv_head = 0; kv_head < c_.kv_heads; ++kv_head)
-        std::copy_n(&k(0, kv_head, token, 0), c_.head_dim, unrotated_sink(layer, kv_head, position + token));
-    }
-    return turn_sinks(layer);
+    return std::visit(append_to, layers_);
   }
 
   fovea::KvBatch batch(Index layer) const {
@@ -194,32 +200,7 @@ class KvCache {
     return {};
   }
 
-  // StreamingLLM counts positions by cache slots: sink i has position i, and every other token moves one slot down whenever
-  // one is dropped. Scores depend on distances only, so the sinks may move up instead: keys and queries keep the position
-  // they have in the text, and sink i stands at i + (tokens dropped so far). Rotated from the original each time, because
-  // repeated turns of one row, or of its codes, would add up their rounding errors.
-  fovea::Status turn_sinks(Index layer) {
-    auto& cache = std::get<std::vector<fovea::RingCache>>(layers_)[static_cast<std::size_t>(layer)];
-    const Index dropped = cache.seen(0) - cache.len(0), sinks = std::min(options_.sinks, cache.len(0));
-    Index& turned = turned_[static_cast<std::size_t>(layer)];
-    if (dropped == turned || sinks == 0) return {};
-    if (fovea::Status status = sink_rope_.move_to(dropped, sinks); !status.ok()) return status;
-    const fovea::RopeTable& table = sink_rope_.table();
-    for (Index kv_head = 0; kv_head < c_.kv_heads; ++kv_head) {
-      for (Index sink = 0; sink < sinks; ++sink) {
-        fovea::rotate_row<fovea::RopeLayout::half_split>(unrotated_sink(layer, kv_head, sink), row_.data(),
-                                                         table.cos_at(sink + dropped), table.sin_at(sink + dropped),
-                                                         table.pairs, c_.head_dim);
-        fovea::quantise_row(options_.format, row_.data(), 1, c_.head_dim, nullptr, cache.writable_k_row(0, kv_head, sink));
-      }
-    }
-    turned = dropped;
-    return {};
-  }
-
-  float* unrotated_sink(Index layer, Index kv_head, Index sink) {
-    return unrotated_sinks_.data() + ((layer * c_.kv_heads + kv_head) * options_.sinks + sink) * c_.head_dim;
-  }
+  static constexpr fovea::RopeLayout kLayout = fovea::RopeLayout::half_split;
 
   const Config& c_;
   KvOptions options_;
@@ -227,9 +208,7 @@ class KvCache {
   std::variant<std::vector<fovea::ContiguousCache>, std::vector<fovea::PagedCache>, std::vector<fovea::RingCache>,
                std::vector<fovea::MixedCache>>
       layers_;
-  std::vector<float> row_;               // [head_dim]  a rotated sink on its way into the cache
-  std::vector<float> unrotated_sinks_;   // [layer, kv_head, sink, head_dim]  with a ring only
-  std::vector<Index> turned_;            // [layer]  tokens dropped when its sinks were rotated last
+  std::vector<fovea::TurnedSinks> sinks_;   // [layer]  with a ring only
   Rope sink_rope_;
 };
 

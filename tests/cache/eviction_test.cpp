@@ -4,8 +4,7 @@
 #include <algorithm>
 
 #include "cache_rows.hpp"
-#include "fovea/cache/append.hpp"
-#include "fovea/cache/ring_cache.hpp"
+#include "fovea/cache/turned_sinks.hpp"
 #include "fovea/call/column_sums.hpp"
 #include "fovea/reference/h2o.hpp"
 #include "fovea/reference/snapkv.hpp"
@@ -104,7 +103,7 @@ TEST_CASE("eviction: rows stay in place, head by head", "[eviction]") {
 TEST_CASE("eviction: rows go from a ring that has turned, and to more heads", "[eviction]") {
   const CacheRows rows{2, 8, 6, Format::bf16, Format::bf16};
   RingCache ring;
-  REQUIRE(ring.create({rows, 1, 2, 6, 3, true}).ok());
+  REQUIRE(ring.create({rows, 1, 2, 6, 3, fovea::KvLayout::token_major, true}).ok());
   const std::vector<std::uint64_t> tokens = ids(1, 15);   // 1, 2 and the last 6
   REQUIRE(ring.append(0, 15, WriteTokens{tokens, rows}).ok());
   CacheRows wide = rows;
@@ -397,17 +396,14 @@ TEST_CASE("eviction: StreamingLLM is a ring, with positions of the cache", "[evi
 
   RingCache cache;
   REQUIRE(cache.create({{1, kDim, kDim, Format::f32, Format::f32}, 1, kSinks, kWindow}).ok());
+  fovea::TurnedSinks sinks;
+  REQUIRE(sinks.create(cache, fovea::RopeLayout::half_split).ok());
   for (index_t t = 0; t < kLen; ++t) {
     // The window is rotated by text positions. A sink is rotated anew each step, so that the query is as far from it as the
-    // cache says: it stands `shift` further on.
-    REQUIRE(fovea::append_tokens(cache, 0, only_pos(x.k.view(), t, 1), only_pos(x.v.view(), t, 1),
-                                 {&table, fovea::RopeLayout::half_split, t})
-                .ok());
-    const index_t len = cache.len(0), shift = cache.seen(0) - len;
-    for (index_t sink = 0; sink < std::min(kSinks, len); ++sink) {
-      const auto key = turned(&x.k.view()(0, 0, sink, 0), sink + shift);
-      std::memcpy(cache.writable_k_row(0, 0, sink), key.data(), kDim * sizeof(float));
-    }
+    // cache says.
+    REQUIRE(sinks.append(cache, 0, only_pos(x.k.view(), t, 1), only_pos(x.v.view(), t, 1), table).ok());
+    REQUIRE(sinks.turn(cache, 0, table).ok());
+    const index_t len = cache.len(0);
     Values q(1, 2, 1, kDim), out(1, 2, 1, kDim);
     for (index_t h = 0; h < 2; ++h) {
       const auto query = turned(&x.q.view()(0, h, t, 0), t);
