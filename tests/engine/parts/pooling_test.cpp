@@ -156,6 +156,46 @@ TEST_CASE("keys of a paged and of a contiguous home are the same rows", "[poolin
   }
 }
 
+TEST_CASE("keys of a mixed cache with scales per channel: both parts times the scales", "[pooling]") {
+  const index_t len = 9, heads = 2, dim = 21, first = 2, from = 6;   // the exact part: 0, 1, 6, 7, 8
+  std::vector<std::int8_t> codes(at(heads * len * dim));
+  std::vector<fovea::bf16> near(at(heads * 5 * dim));
+  std::vector<float> scale(at(heads * dim));
+  for (std::size_t n = 0; n < codes.size(); ++n) codes[n] = static_cast<std::int8_t>(n * 37 % 255 - 127);
+  for (std::size_t n = 0; n < near.size(); ++n) near[n] = fovea::convert<fovea::bf16>(static_cast<float>(n % 200) + 0.5f);
+  for (std::size_t n = 0; n < scale.size(); ++n) scale[n] = 0.25f * static_cast<float>(n + 1);
+  const index_t exact_from[] = {from};
+  fovea::Kv kv, exact;
+  kv.kv_heads = exact.kv_heads = heads;
+  kv.dim_qk = kv.dim_v = exact.dim_qk = exact.dim_v = dim;
+  kv.k = kv.v = fovea::stored_rows(codes.data(), Format::i8_channel, dim, heads, len);
+  kv.len = len;
+  kv.k_channel_scale = scale.data();
+  exact.k = exact.v = fovea::stored_rows(near.data(), Format::bf16, dim, heads, 5);
+  exact.len = 5;
+  kv.exact = &exact;
+  kv.exact_first = first;
+  kv.exact_from = exact_from;
+  const fovea::Sequence sequence{0, 1, 0, len, 0, 0, 0};
+  fovea::KeyRows rows;
+  REQUIRE(
+      fovea::KeyRows::open({kv, &sequence, {}, {}}, fovea::Formats<Format::i8_channel, Format::bf16>{}, rows).ok());
+  std::vector<float> row(at(dim));
+  index_t next = 0;
+  for (const index_t h : {0, 1}) {
+    rows.each(0, h, 0, len, row.data(), [&](index_t key, const float* numbers) {
+      CHECK(key == next++ % len);
+      for (index_t d = 0; d < dim; ++d) {
+        const index_t slot = key < first ? key : key - from + first;
+        const float stored = key < first || key >= from ? fovea::convert<float>(near[at((h * 5 + slot) * dim + d)])
+                                                        : static_cast<float>(codes[at((h * len + key) * dim + d)]);
+        CHECK(numbers[d] == stored * scale[at(h * dim + d)]);
+      }
+    });
+  }
+  CHECK(next == 2 * len);
+}
+
 TEST_CASE("softmax of a row: weights, LSE, masked scores, empty rows, block sums", "[pooling]") {
   for (const index_t n : {1, 3, 16, 17, 100}) {
     std::vector<float> scores = normal(n, 60 + static_cast<std::uint64_t>(n));
