@@ -10,6 +10,7 @@ using namespace test;
 using fovea::Causal;
 using fovea::Regime;
 
+
 // One query 1 against keys 1, 0, -1 at scale 1: scores [1, 0, -1]; the values are unit vectors, so out is the weights.
 struct Golden {
   Values q{1, 1, 1, 1, 1.f}, k{1, 1, 3, 1}, v = identity_values(1, 1, 3);
@@ -38,6 +39,23 @@ TEST_CASE("scores 1, 0, -1 give the weights of the table", "[golden]") {
   const Golden golden;
   AttentionOptions options;
   golden.check(options, {0.6652410, 0.2447285, 0.0900306}, 1.4076060);
+
+  // The row's entropy, LSE - sum p s, and the same from the weights alone. check() found p within 6e-7 and the LSE within
+  // 1e-6; s is 1, 0 and -1, and a weight's own term moves by 1 + ln p of it.
+  options.scale = 1.f;
+  for (const Regime regime : kRegimes) {
+    options.regime = regime;
+    const Result r = attend(golden.q.view(), golden.k.view(), golden.v.view(), options);
+    double from_lse = double{r.lse[0]}, from_weights = 0, margin = 0;
+    for (std::size_t j = 0; j < 3; ++j) {
+      const double p = double{r.out.data[j]};
+      from_lse -= p * double{golden.k.data[j]};
+      from_weights -= p * std::log(p);
+      margin += 6e-7 * std::abs(1 + std::log(p));
+    }
+    CHECK(from_lse == Catch::Approx(0.8323956).margin(1e-6 + 2 * 6e-7));
+    CHECK(from_weights == Catch::Approx(0.8323956).margin(margin));
+  }
 }
 
 TEST_CASE("a sink logit takes its share and gives no value", "[golden][sink]") {
