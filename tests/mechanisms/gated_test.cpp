@@ -7,6 +7,7 @@
 namespace {
 
 using namespace test;
+using fovea::GateForm;
 using fovea::GateFunction;
 using fovea::Operand;
 
@@ -19,6 +20,7 @@ double gate_units(double x) { return 12 + 2 * std::max(-x, 0.); }
 struct Kind {
   GateFunction function;
   index_t batch, heads, dim;   // 0: that of out
+  GateForm form = GateForm::multiply;
 };
 
 Values gates(const Dense& x, const Kind& kind) {
@@ -34,8 +36,8 @@ Run run_with(const Kind& kind) {
     AttentionOptions with_lse = options;
     with_lse.lse = r.lse_view();
     const Values gate = gates(x, kind);
-    const fovea::Status status =
-        fovea::gated_attention(x.q.view(), x.k.view(), x.v.view(), r.out.view(), gate.view(), with_lse, kind.function);
+    const fovea::Status status = fovea::gated_attention(x.q.view(), x.k.view(), x.v.view(), r.out.view(), gate.view(),
+                                                        with_lse, kind.function, kind.form);
     INFO(status.message());
     REQUIRE(status.ok());
     return r;
@@ -48,16 +50,20 @@ Ask ask_with(const Kind& kind) {
     Expected e = expect(x.q.view(), x.k.view(), x.v.view(), options);
     std::vector<double> want(e.out.size());
     const Tensor<double> out = fovea::bhsd(want.data(), x.q.batch, x.q.heads, x.q.len, x.v.dim);
-    fovea::reference::gated(x.q.view(), x.k.view(), x.v.view(), out, gate.view(), options,
-                            [&](double g) { return gate_of(kind.function, g); });
+    const bool add = kind.form == GateForm::add;
+    fovea::reference::gated(
+        x.q.view(), x.k.view(), x.v.view(), out, gate.view(), options, [&](double g) { return gate_of(kind.function, g); },
+        add);
     std::size_t n = 0;
     for (index_t b = 0; b < x.q.batch; ++b) {
       for (index_t h = 0; h < x.q.heads; ++h) {
         for (index_t i = 0; i < x.q.len; ++i) {
           for (index_t d = 0; d < x.v.dim; ++d, ++n) {
             const double g = double{gate.view()(kind.batch == 1 ? 0 : b, kind.heads == 1 ? 0 : h, i, kind.dim == 1 ? 0 : d)};
-            e.out_error[n] = std::abs(gate_of(kind.function, g)) * e.out_error[n] +
-                             std::abs(want[n]) * kUnit * (gate_units(g) + 2) + 1e-37;
+            const double f = std::abs(gate_of(kind.function, g));
+            // The gate's error reaches y as it is, and the sum rounds once; or it is a share of y, and the product rounds.
+            e.out_error[n] = add ? e.out_error[n] + kUnit * (f * (gate_units(g) + 1) + std::abs(want[n])) + 1e-37
+                                 : f * e.out_error[n] + std::abs(want[n]) * kUnit * (gate_units(g) + 2) + 1e-37;
           }
         }
       }
@@ -70,12 +76,14 @@ Ask ask_with(const Kind& kind) {
 }   // namespace
 
 TEST_CASE("gated: against the reference", "[gated]") {
-  for (const Kind kind : {Kind{GateFunction::sigmoid, 0, 0, 0}, Kind{GateFunction::silu, 1, 0, 1}})
+  for (const Kind kind : {Kind{GateFunction::sigmoid, 0, 0, 0}, Kind{GateFunction::silu, 1, 0, 1},
+                          Kind{GateFunction::silu, 0, 0, 0, GateForm::add}})
     check_around_softmax(run_with(kind), ask_with(kind), {{4, 2}, {1, 1}, {6, 2}});
 }
 
 TEST_CASE("gated: gates shared by heads, and one per head", "[gated]") {
-  for (const Kind kind : {Kind{GateFunction::silu, 0, 1, 0}, Kind{GateFunction::sigmoid, 0, 0, 1}})
+  for (const Kind kind : {Kind{GateFunction::silu, 0, 1, 0}, Kind{GateFunction::sigmoid, 0, 0, 1},
+                          Kind{GateFunction::silu, 1, 0, 1, GateForm::add}})
     check_case(run_with(kind), ask_with(kind), Dense(92, 2, 4, 2, 17, 40, 16, 20), {});
 }
 
@@ -100,6 +108,54 @@ TEST_CASE("gated: open, half open and closed gates", "[gated]") {
         for (std::size_t n = 0; n < want.out.data.size(); ++n) equal = equal && r.out.data[n] == want.out.data[n];
         CHECK(equal);
       }
+    }
+  }
+}
+
+TEST_CASE("gated: gates that add nothing, and rows that see nothing", "[gated]") {
+  const Dense x(93, 1, 4, 2, 37, 60, 16, 20);
+  for (const Regime regime : kRegimes) {
+    AttentionOptions options;
+    options.causal = Causal::bottom_right;
+    options.regime = regime;
+    for (const index_t dim : {index_t{1}, x.v.dim}) {
+      const auto added = [&](float logit, const Dense& y) {
+        const Values gate(1, 4, y.q.len, dim, logit);
+        Result r = unwritten(y.q.view(), y.v.view());
+        options.lse = r.lse_view();
+        REQUIRE(fovea::attention(y.q.view(), y.k.view(), y.v.view(), r.out.view(), options,
+                                 fovea::gated(gate.view(), GateFunction::silu, GateForm::add))
+                    .ok());
+        return r;
+      };
+      INFO("regime " << name(regime) << ", " << dim << " gates a row");
+      options.causal = Causal::bottom_right;
+      options.lse = {};
+      const Result plain = attend(x, options);
+      REQUIRE(std::all_of(plain.out.data.begin(), plain.out.data.end(), [](float value) { return value != 0.f; }));
+      for (const float logit : {0.f, -0.f, -kInfinity, -100.f}) {
+        INFO("gate " << logit);
+        CHECK(same_bits(added(logit, x), plain));
+      }
+      // An output of -0 stays one where a gate of -0 is added, else it is 0.
+      Dense zeros = x;
+      std::fill(zeros.v.data.begin(), zeros.v.data.end(), -0.f);
+      options.lse = {};
+      const std::vector<float> bare = attend(zeros, options).out.data;
+      CHECK(same_bits(added(-0.f, zeros).out.data, bare));
+      CHECK(same_bits(added(-kInfinity, zeros).out.data, std::vector<float>(bare.size(), 0.f)));
+      // More queries than keys: the first 23 rows are the gate alone.
+      const Result r = added(2.f, Dense(102, 1, 4, 2, 60, 37, 16, 20));
+      alignas(64) float lanes[fovea::kLanes];
+      fovea::store(lanes, fovea::gate_factor(GateFunction::silu, fovea::f32(2.f)));
+      bool alone = true;
+      for (index_t h = 0; h < 4; ++h) {
+        for (index_t i = 0; i < 23; ++i) {
+          alone = alone && r.lse_at(0, h, i) == -kInfinity;
+          for (index_t d = 0; d < 20; ++d) alone = alone && r.at(0, h, i, d) == lanes[0];
+        }
+      }
+      CHECK(alone);
     }
   }
 }
@@ -135,14 +191,6 @@ TEST_CASE("gated: gates, queries and outputs of other formats", "[gated]") {
     gate.data[n] = fovea::convert<float>(small[n]);
   }
   std::vector<double> wide(gate.data.begin(), gate.data.end());
-  Result a = unwritten(x.q.view(), x.v.view()), b = a, c = a;
-  REQUIRE(fovea::gated_attention(x.q.view(), x.k.view(), x.v.view(), a.out.view(), gate.view()).ok());
-  REQUIRE(fovea::gated_attention(x.q.view(), x.k.view(), x.v.view(), b.out.view(), fovea::bhsd(small.data(), 1, 2, 19, 70))
-              .ok());
-  REQUIRE(
-      fovea::gated_attention(x.q.view(), x.k.view(), x.v.view(), c.out.view(), fovea::bhsd(wide.data(), 1, 2, 19, 70)).ok());
-  CHECK(same_bits(a.out.data, b.out.data));
-  CHECK(same_bits(a.out.data, c.out.data));
   // A strided gate, the features of two heads interleaved.
   std::vector<float> mixed(gate.data.size());
   const Tensor<float> strided{mixed.data(), {1, 2, 19, 70}, {2 * 19 * 70, 1, 140, 2}};
@@ -151,9 +199,18 @@ TEST_CASE("gated: gates, queries and outputs of other formats", "[gated]") {
       for (index_t d = 0; d < 70; ++d) strided(0, h, i, d) = gate.view()(0, h, i, d);
     }
   }
-  Result e = unwritten(x.q.view(), x.v.view());
-  REQUIRE(fovea::gated_attention(x.q.view(), x.k.view(), x.v.view(), e.out.view(), strided).ok());
-  CHECK(same_bits(a.out.data, e.out.data));
+  for (const auto& [function, form] :
+       {std::pair{GateFunction::sigmoid, GateForm::multiply}, std::pair{GateFunction::silu, GateForm::add}}) {
+    const auto with = [&, f = function, how = form](const Operand& logits) {
+      Result r = unwritten(x.q.view(), x.v.view());
+      REQUIRE(fovea::gated_attention(x.q.view(), x.k.view(), x.v.view(), r.out.view(), logits, {}, f, how).ok());
+      return r.out.data;
+    };
+    const std::vector<float> want = with(gate.view());
+    CHECK(same_bits(want, with(fovea::bhsd(small.data(), 1, 2, 19, 70))));
+    CHECK(same_bits(want, with(fovea::bhsd(wide.data(), 1, 2, 19, 70))));
+    CHECK(same_bits(want, with(strided)));
+  }
 }
 
 TEST_CASE("gated: rows gated before the call", "[gated]") {
@@ -195,6 +252,16 @@ TEST_CASE("gated: rows gated before the call", "[gated]") {
     CHECK(std::abs(double{in_place.data[n]} - want[n]) <=
           kUnit * (gate_units(double{gate.data[n]}) + 1) * std::abs(want[n]));
     CHECK(narrow[n].bits == fovea::convert<fovea::bf16>(in_place.data[n]).bits);
+  }
+
+  // Added: the gate's error and one rounding of the sum.
+  Values sums = rows;
+  REQUIRE(fovea::gate_rows(sums.view(), gate.view(), sums.view(), GateFunction::silu, GateForm::add).ok());
+  want.assign(rows.data.begin(), rows.data.end());
+  fovea::reference::gate_rows(fovea::bhsd(want.data(), 2, 2, 30, 20), gate.view(), fovea::reference::gate_silu, true);
+  for (std::size_t n = 0; n < want.size(); ++n) {
+    const double g = double{gate.data[n]}, f = std::abs(gate_of(GateFunction::silu, g));
+    CHECK(std::abs(double{sums.data[n]} - want[n]) <= kUnit * ((gate_units(g) + 1) * f + std::abs(want[n])));
   }
 }
 

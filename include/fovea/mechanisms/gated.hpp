@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gated attention (Qiu et al. 2025, arXiv 2505.06708; the full-attention layers of Qwen3-Next):
-//   y_i = attention_i * f(g_i),   g_i = x_i W_g,   f a sigmoid or SiLU,
+//   y_i = attention_i * f(g_i),   g_i = x_i W_g,   f a sigmoid or SiLU,   or y_i = attention_i + f(g_i),
 // with one gate per output feature (elementwise) or one per head (headwise), of the token that asks. This is the paper's
-// position G1, after the weighted sum and before W_O: the one it recommends. gate_rows serves the positions before and after
-// the call: G2 and G3 gate V and K rows, G4 queries, G5 the rows behind W_O.
+// position G1, after the weighted sum and before W_O: the one it recommends, multiplying. gate_rows serves the positions
+// before and after the call: G2 and G3 gate V and K rows, G4 queries, G5 the rows behind W_O.
 #pragma once
 #include "../call/variant.hpp"
 
@@ -11,6 +11,7 @@ namespace fovea {
 inline namespace v0 {
 
 enum class GateFunction : std::uint8_t { sigmoid, silu };
+enum class GateForm : std::uint8_t { multiply, add };   // y f(g), y + f(g); the paper adds SiLU, which has no bound
 
 // The two halves of one fused projection.
 template <class T>
@@ -35,10 +36,11 @@ inline Status check_gate(const Operand& gate, const std::array<index_t, 4>& rows
                        gate.extent[1], gate.extent[2], gate.extent[3], rows[0], rows[1], rows[2], rows[3]);
 }
 
-// Multiplies rows by f(gate) before they are stored.
+// Multiplies rows by f(gate) before they are stored, or adds it to them.
 struct Gate {
   Operand logits;   // [batch | 1, q_head | 1, pos, dim_v | 1], f32, f64, bf16 or f16, any strides
   GateFunction function = GateFunction::sigmoid;
+  GateForm form = GateForm::multiply;
 
   Status check(const AttentionShape& s) const {
     door::Bytes ignored;
@@ -47,26 +49,36 @@ struct Gate {
   }
 
   FOVEA_INLINE void operator()(const OutRow& row, std::span<float> values, Final) const {
-    multiply(row.batch * logits.stride[0] + row.q_head * logits.stride[1] + row.pos * logits.stride[2], values.data(),
-             static_cast<index_t>(values.size()));
+    join(row.batch * logits.stride[0] + row.q_head * logits.stride[1] + row.pos * logits.stride[2], values.data(),
+         static_cast<index_t>(values.size()));
   }
 
-  // values *= f(the gates that start at element `at`); `values` are padded to whole vectors.
-  FOVEA_INLINE void multiply(index_t at, float* values, index_t dim) const {
+  // values *= f(the gates that start at element `at`), or +=; `values` are padded to whole vectors.
+  FOVEA_INLINE void join(index_t at, float* values, index_t dim) const {
+    if (form == GateForm::multiply) {
+      change(at, values, dim, [](f32 y, f32 factor) { return y * factor; });
+    } else {
+      change(at, values, dim, [](f32 y, f32 term) { return fma(term, f32(1.f), y); });   // not fused with SiLU's product
+    }
+  }
+
+ private:
+  template <class With>
+  FOVEA_INLINE void change(index_t at, float* values, index_t dim, const With& with) const {
     const index_t step = logits.stride[3];
     const std::byte* const from = logits.data + at * row_bytes(logits.format, 1);
     if (logits.extent[3] == 1) {
       float gate = 0.f;
       read_numbers(logits.format, from, 1, 1, &gate);
-      const f32 factor = gate_factor(function, f32(gate));
-      for (index_t d = 0; d < dim; d += kLanes) store(values + d, load(values + d) * factor);
+      const f32 shared = gate_factor(function, f32(gate));
+      for (index_t d = 0; d < dim; d += kLanes) store(values + d, with(load(values + d), shared));
       return;
     }
     if (logits.format == Format::f32) {
       const auto* const gates = reinterpret_cast<const float*>(from);
       for (index_t d = 0; d < dim; d += kLanes) {
         const f32 gate = load_strided(gates + d * step, step, dim - d);
-        store(values + d, load(values + d) * gate_factor(function, gate));
+        store(values + d, with(load(values + d), gate_factor(function, gate)));
       }
       return;
     }
@@ -76,15 +88,15 @@ struct Gate {
       const index_t count = std::min(kChunk, dim - first);
       read_numbers(logits.format, from + first * step * row_bytes(logits.format, 1), step, count, gates);
       for (index_t d = 0; d < count; d += kLanes)
-        store(values + first + d, load(values + first + d) * gate_factor(function, load(gates + d)));
+        store(values + first + d, with(load(values + first + d), gate_factor(function, load(gates + d))));
     }
   }
 };
 
 // fovea::attention(q, k, v, out, options, fovea::gated(gate)). The gate must lie apart from out; gated_attention sees to it.
 // Also the close of another variant: fovea::variant().with_close(gated(gate).close).
-inline auto gated(const Operand& gate, GateFunction function = GateFunction::sigmoid) {
-  return variant().with_close(Gate{door::tidy_operand(gate), function});
+inline auto gated(const Operand& gate, GateFunction function = GateFunction::sigmoid, GateForm form = GateForm::multiply) {
+  return variant().with_close(Gate{door::tidy_operand(gate), function, form});
 }
 
 namespace door {
@@ -96,29 +108,31 @@ inline Status check_gate_of_call(const Operand& gate, const Result& out, const A
 }
 }   // namespace door
 
-// fovea::attention, every output row times f(gate). gate [batch | 1, q_head | 1, pos, dim_v | 1]; the LSE is that of the
+// fovea::attention, every output row times f(gate), or plus it. gate [batch | 1, q_head | 1, pos, dim_v | 1]; the LSE is that of the
 // bare attention. softcap, ALiBi, bias, keep and trees need gated(gate, function).with_options().
 template <class Compiled = AllFormats>
 Status gated_attention(const Operand& q, const Kv& kv, const Result& out, const Operand& gate,
-                       const AttentionOptions& options = {}, GateFunction function = GateFunction::sigmoid) {
+                       const AttentionOptions& options = {}, GateFunction function = GateFunction::sigmoid,
+                       GateForm form = GateForm::multiply) {
   if (Status s = door::check_gate_of_call(gate, out, options); !s.ok()) return s;
-  const auto policies = gated(gate, function);
+  const auto policies = gated(gate, function, form);
   return door::run(door::call_of_variant<Compiled>(q, kv, out, options, policies));
 }
 template <class TK, class TV>
 Status gated_attention(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, const Result& out, const Operand& gate,
-                       const AttentionOptions& options = {}, GateFunction function = GateFunction::sigmoid) {
+                       const AttentionOptions& options = {}, GateFunction function = GateFunction::sigmoid,
+                       GateForm form = GateForm::multiply) {
   if (Status s = door::check_dense(q, k, v); !s.ok()) return s;
-  return gated_attention<door::FormatsOf<TK, TV>>(q, door::kv_of(k, v), out, gate, options, function);
+  return gated_attention<door::FormatsOf<TK, TV>>(q, door::kv_of(k, v), out, gate, options, function, form);
 }
 
-// to = x * f(gate), row by row, any plain formats; x and to may be the same tensor. V and K are gated once, when a token is
+// to = x * f(gate) or x + f(gate), row by row, any plain formats; x and to may be the same tensor. V and K are gated once, when a token is
 // appended: a gate of the key's token does not depend on who asks.
 inline Status gate_rows(const Operand& x_any, const Operand& gate, const Result& to_any,
-                        GateFunction function = GateFunction::sigmoid) {
+                        GateFunction function = GateFunction::sigmoid, GateForm form = GateForm::multiply) {
   const Operand x = door::tidy_operand(x_any);
   const Result to = door::tidy_operand(to_any);
-  const Gate close{door::tidy_operand(gate), function};
+  const Gate close{door::tidy_operand(gate), function, form};
   door::Bytes x_bytes, gate_bytes, to_bytes;
   if (Status s = door::check_plain("x", x.format); !s.ok()) return s;
   if (Status s = door::check_plain("to", to.format); !s.ok()) return s;
@@ -142,7 +156,7 @@ inline Status gate_rows(const Operand& x_any, const Operand& gate, const Result&
           const index_t count = std::min(kChunk, x.extent[3] - d);
           const index_t from = row_of(x) + d * x.stride[3], into = row_of(to) + d * to.stride[3];
           read_numbers(x.format, x.data + from * row_bytes(x.format, 1), x.stride[3], count, values);
-          close.multiply(row_of(close.logits) + d * close.logits.stride[3], values, count);
+          close.join(row_of(close.logits) + d * close.logits.stride[3], values, count);
           write_numbers(to.format, values, count, to.data + into * row_bytes(to.format, 1), to.stride[3]);
         }
       }
