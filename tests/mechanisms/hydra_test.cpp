@@ -72,6 +72,76 @@ TEST_CASE("hydra: against the reference", "[hydra]") {
   CHECK(worst(cross, run(cross, {}), false) <= 1);
 }
 
+TEST_CASE("hydra: rows that rise and fall over eight decades", "[hydra]") {
+  constexpr index_t kLen = 33, kDim = 24;
+  const auto spread = [](Values& rows, bool falls) {
+    for (index_t h = 0; h < rows.heads; ++h) {
+      for (index_t i = 0; i < kLen; ++i) {
+        const float decade = 8 * static_cast<float>(i) / (kLen - 1) - 4;
+        for (index_t d = 0; d < kDim; ++d) rows.view()(0, h, i, d) *= std::pow(10.f, falls ? -decade : decade);
+      }
+    }
+  };
+  for (const bool k_falls : {false, true}) {
+    for (const bool v_falls : {false, true}) {
+      Dense x(157, 1, 2, 2, kLen, kLen, kDim, kDim);
+      spread(x.k, k_falls);
+      spread(x.v, v_falls);
+      spread(x.q, k_falls != v_falls);
+      for (const bool causal : {false, true}) {
+        const double off = worst(x, run(x, {.causal = causal}), causal);
+        INFO((k_falls ? "k falls, v " : "k rises, v ") << (v_falls ? "falls" : "rises") << (causal ? ", causal: " : ": ")
+                                                       << off << " budgets");
+        CHECK(off <= 1);
+      }
+    }
+  }
+}
+
+TEST_CASE("hydra: no key and one key", "[hydra]") {
+  constexpr index_t kQueries = 3, kKeys = 5, kDim = 21;
+  Dense x(158, 2, 2, 2, kQueries, kKeys, kDim, kDim);
+  const std::vector<index_t> used{0, 1};
+  for (index_t b = 0; b < 2; ++b) {
+    for (index_t h = 0; h < 2; ++h) {
+      for (index_t j = used[static_cast<std::size_t>(b)]; j < kKeys; ++j) {
+        for (index_t d = 0; d < kDim; ++d) x.k.view()(b, h, j, d) = x.v.view()(b, h, j, d) = kNan;
+      }
+    }
+  }
+  for (const bool starts_at_zero : {true, false}) {
+    const Values before = starts_at_zero ? Values(2, 2, 1, kDim) : random_values(159, 2, 2, 1, kDim);
+    Values state = before, out(2, 2, kQueries, kDim, canary());
+    REQUIRE(fovea::hydra_attention(x.q.view(), x.k.view(), x.v.view(), out.view(), state_view(state), {.len_k = used}).ok());
+    INFO((starts_at_zero ? "from zero" : "from a state"));
+    double most = 0;
+    bool kept = true, zero = true;
+    for (index_t b = 0; b < 2; ++b) {
+      for (index_t h = 0; h < 2; ++h) {
+        const double k_norm = fovea::reference::hydra_norms(x.k.view(), b, h, 1e-12)[0];
+        const std::vector<double> q_norms = fovea::reference::hydra_norms(x.q.view(), b, h, 1e-12);
+        for (index_t d = 0; d < kDim; ++d) {
+          const double own = before.view()(b, h, 0, d);
+          const double key =
+              b == 0 ? 0 : double{x.k.view()(b, h, 0, d)} / k_norm * double{x.v.view()(b, h, 0, d)};
+          if (b == 0) kept = kept && state.view()(b, h, 0, d) == before.view()(b, h, 0, d);
+          for (index_t i = 0; i < kQueries; ++i) {
+            const double q = double{x.q.view()(b, h, i, d)} / q_norms[static_cast<std::size_t>(i)];
+            const float got = out.view()(b, h, i, d);
+            if (b == 0 && starts_at_zero) zero = zero && got == 0.f;
+            // As worst() has it, with the state as one more key.
+            const double budget = kUnit * (2 + kDim + 16) * (std::abs(own) + std::abs(key)) * std::abs(q) + 1e-30;
+            most = std::max(most, in_budgets(double{got}, q * (own + key), budget));
+          }
+        }
+      }
+    }
+    CHECK(most <= 1);
+    CHECK(kept);
+    CHECK(zero);
+  }
+}
+
 TEST_CASE("hydra: attention with one head per feature", "[hydra]") {
   // The matrix form: weights phi(q)_d phi(k)_jd of head d, which sees feature d only, as one L x L product per feature.
   constexpr index_t kLen = 11, kDim = 6;
