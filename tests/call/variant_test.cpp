@@ -135,6 +135,67 @@ TEST_CASE("Then, Both and Either", "[variant]") {
   CHECK(test::same_bits(bands, by_lane));
 }
 
+TEST_CASE("scores one after the other, in either order, against the reference", "[variant]") {
+  constexpr index_t kDim = 16;
+  const Dense x(14, 1, 2, 1, 40, 70, kDim, 12);
+  const std::array<float, 2> slopes{0.1f, 0.02f};
+  const Softcap cap{2.f};
+  const Alibi alibi{slopes.data()};
+  const auto lifted = score_mod([](auto s, int, int head, int q, auto k) {
+    return select(k == q, s + 1.f, s) + 0.5f * static_cast<float>(head);
+  });
+  AttentionOptions options;
+  options.causal = Causal::bottom_right;
+  const auto want = [&](const auto& score, const AttentionOptions& how) {
+    std::vector<double> out(2 * 40 * 12);
+    reference::variant(
+        x.q.view(), x.k.view(), x.v.view(), bhsd(out.data(), 1, 2, 40, 12), how,
+        [&](double s, int b, int h, int q, int k) { return score_of(score, s, b, h, q, k); },
+        [](int, int, int, int) { return true; }, reference::SoftmaxWeights{});
+    return out;
+  };
+  const auto most = [](const auto& a, const auto& b) {
+    double worst = 0;
+    for (std::size_t n = 0; n < a.size(); ++n) worst = std::max(worst, std::abs(double{a[n]} - double{b[n]}));
+    return worst;
+  };
+  // A score's error as score_error() has it, whatever the order: no part has a slope above 1. Scores are at most the sum of
+  // their products, 7 of ALiBi and 1.5 of the functor; the other weights' errors come in through the sum.
+  double dots = 0, largest = 0;
+  for (index_t h = 0; h < 2; ++h) {
+    for (index_t i = 0; i < 40; ++i) {
+      for (index_t j = 0; j < 70; ++j) {
+        double sum = 0;
+        for (index_t d = 0; d < kDim; ++d) sum += std::abs(double{x.q.view()(0, h, i, d)} * double{x.k.view()(0, 0, j, d)});
+        dots = std::max(dots, sum / 4);
+      }
+    }
+  }
+  for (const float value : x.v.data) largest = std::max(largest, std::abs(double{value}));
+  const double score_error =
+      test::kUnit * ((kDim + 6) * dots + (test::kTanhUnits + 4) * 2 + 6 * 8.5 + 8 * (dots + 8.5));
+  const double budget =
+      (2 * std::expm1(score_error + test::kExpUnits * test::kUnit) + test::sum_error(70, 70)) * largest;
+  const auto check = [&](const auto& score) {
+    const std::vector<double> expected = want(score, options);
+    for (const Regime regime : {Regime::prefill, Regime::decode, Regime::wide_decode}) {
+      AttentionOptions how = options;
+      how.regime = regime;
+      CHECK(most(attend_variant(x, how, variant().with_score(score)).out.data, expected) <= budget);
+    }
+    return expected;
+  };
+  const auto capped_first = check(Then{cap, alibi}), capped_last = check(Then{alibi, cap});
+  CHECK(most(capped_first, capped_last) > 1000 * budget);
+  check(Then{Then{cap, lifted}, alibi});
+  check(Then{alibi, Then{lifted, cap}});
+  // The order of the options.
+  AttentionOptions by_options = options;
+  by_options.softcap = 2.f;
+  by_options.alibi_slopes = slopes;
+  CHECK(most(want(Identity{}, by_options), capped_first) < 1e-12);
+}
+
 TEST_CASE("with_options adds what the options say", "[variant]") {
   const Dense x(17, 1, 2, 1, 33, 90, 16, 12);
   std::vector<float> bias(33 * 90);

@@ -23,6 +23,12 @@ struct ScoreFunction {
   FOVEA_INLINE Lane at(const Row& row) const { return {f, row.sequence, row.q_head, static_cast<int>(row.pos)}; }
 };
 
+// As in parts/scores.hpp.
+template <class F>
+double score_of(const ScoreFunction<F>& score, double s, int batch, int q_head, int q, int k) {
+  return score.f(s, batch, q_head, q, k);
+}
+
 FOVEA_INLINE keep_t keep_of(keep_t keep) { return keep; }
 FOVEA_INLINE keep_t keep_of(xsimd::batch_bool<std::int32_t> keep) { return as_keep(keep); }
 FOVEA_INLINE keep_t keep_of(bool keep) { return f32(keep ? 1.f : 0.f) != f32(0.f); }

@@ -2,6 +2,8 @@
 // What happens to a score between the dot product and the normaliser. Each part is off in its default state, so that one
 // instantiation of the engine serves every combination of options; a chain steps aside for its only part that is on.
 #pragma once
+#include <cmath>
+
 #include "../../core/view.hpp"
 #include "../../simd/math.hpp"
 #include "../policies.hpp"
@@ -92,6 +94,20 @@ struct Then {
 };
 template <class First, class Second>
 Then(First, Second) -> Then<First, Second>;   // clang 14
+
+// One score in plain arithmetic, for references: score_of(score, s, batch, q_head, q, k). A bias has none, it is read by
+// the query's index and not by its position.
+inline double score_of(const Identity&, double s, int, int, int, int) { return s; }
+inline double score_of(const Softcap& c, double s, int, int, int, int) {
+  return c.off() ? s : double{c.cap} * std::tanh(s / double{c.cap});
+}
+inline double score_of(const Alibi& a, double s, int, int q_head, int q, int k) {
+  return a.off() ? s : s - double{a.slopes[q_head]} * std::abs(static_cast<double>(q - k));
+}
+template <class First, class Second>
+double score_of(const Then<First, Second>& both, double s, int batch, int q_head, int q, int k) {
+  return score_of(both.second, score_of(both.first, s, batch, q_head, q, k), batch, q_head, q, k);
+}
 
 }   // namespace FOVEA_ARCH
 }   // namespace v0
