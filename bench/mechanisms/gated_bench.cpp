@@ -23,10 +23,10 @@ VariantCall gated(const char* impl, index_t gates_per_row, fovea::GateFunction f
 
 std::vector<Group> gated_groups(int) {
   const index_t dim = VariantShape{}.dim;
-  return {variant_group(
-      "gated", {bare_softmax(), gated("fovea", dim, fovea::GateFunction::sigmoid),
-                gated("silu", dim, fovea::GateFunction::silu), gated("headwise", 1, fovea::GateFunction::sigmoid),
-                gated("added", dim, fovea::GateFunction::silu, fovea::GateForm::add)})};
+  return {variant_group("gated",
+                        {bare_softmax(), gated("fovea", dim, fovea::GateFunction::sigmoid),
+                         gated("silu", dim, fovea::GateFunction::silu), gated("headwise", 1, fovea::GateFunction::sigmoid),
+                         gated("added", dim, fovea::GateFunction::silu, fovea::GateForm::add)})};
 }
 
 }   // namespace fovea_bench

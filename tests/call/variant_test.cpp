@@ -141,9 +141,8 @@ TEST_CASE("scores one after the other, in either order, against the reference", 
   const std::array<float, 2> slopes{0.1f, 0.02f};
   const Softcap cap{2.f};
   const Alibi alibi{slopes.data()};
-  const auto lifted = score_mod([](auto s, int, int head, int q, auto k) {
-    return select(k == q, s + 1.f, s) + 0.5f * static_cast<float>(head);
-  });
+  const auto lifted = score_mod(
+      [](auto s, int, int head, int q, auto k) { return select(k == q, s + 1.f, s) + 0.5f * static_cast<float>(head); });
   AttentionOptions options;
   options.causal = Causal::bottom_right;
   const auto want = [&](const auto& score, const AttentionOptions& how) {
@@ -172,10 +171,8 @@ TEST_CASE("scores one after the other, in either order, against the reference", 
     }
   }
   for (const float value : x.v.data) largest = std::max(largest, std::abs(double{value}));
-  const double score_error =
-      test::kUnit * ((kDim + 6) * dots + (test::kTanhUnits + 4) * 2 + 6 * 8.5 + 8 * (dots + 8.5));
-  const double budget =
-      (2 * std::expm1(score_error + test::kExpUnits * test::kUnit) + test::sum_error(70, 70)) * largest;
+  const double score_error = test::kUnit * ((kDim + 6) * dots + (test::kTanhUnits + 4) * 2 + 6 * 8.5 + 8 * (dots + 8.5));
+  const double budget = (2 * std::expm1(score_error + test::kExpUnits * test::kUnit) + test::sum_error(70, 70)) * largest;
   const auto check = [&](const auto& score) {
     const std::vector<double> expected = want(score, options);
     for (const Regime regime : {Regime::prefill, Regime::decode, Regime::wide_decode}) {

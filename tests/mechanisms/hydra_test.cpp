@@ -90,8 +90,8 @@ TEST_CASE("hydra: rows that rise and fall over eight decades", "[hydra]") {
       spread(x.q, k_falls != v_falls);
       for (const bool causal : {false, true}) {
         const double off = worst(x, run(x, {.causal = causal}), causal);
-        INFO((k_falls ? "k falls, v " : "k rises, v ") << (v_falls ? "falls" : "rises") << (causal ? ", causal: " : ": ")
-                                                       << off << " budgets");
+        INFO((k_falls ? "k falls, v " : "k rises, v ")
+             << (v_falls ? "falls" : "rises") << (causal ? ", causal: " : ": ") << off << " budgets");
         CHECK(off <= 1);
       }
     }
@@ -122,8 +122,7 @@ TEST_CASE("hydra: no key and one key", "[hydra]") {
         const std::vector<double> q_norms = fovea::reference::hydra_norms(x.q.view(), b, h, 1e-12);
         for (index_t d = 0; d < kDim; ++d) {
           const double own = before.view()(b, h, 0, d);
-          const double key =
-              b == 0 ? 0 : double{x.k.view()(b, h, 0, d)} / k_norm * double{x.v.view()(b, h, 0, d)};
+          const double key = b == 0 ? 0 : double{x.k.view()(b, h, 0, d)} / k_norm * double{x.v.view()(b, h, 0, d)};
           if (b == 0) kept = kept && state.view()(b, h, 0, d) == before.view()(b, h, 0, d);
           for (index_t i = 0; i < kQueries; ++i) {
             const double q = double{x.q.view()(b, h, i, d)} / q_norms[static_cast<std::size_t>(i)];

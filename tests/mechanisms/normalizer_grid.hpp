@@ -319,8 +319,8 @@ void check_nan(const V& variant) {
 
 // A sink belongs to softmax; LSE is there where a sum is. Without it the refusal says how parts merge.
 template <class V>
-void check_refusals(const V& variant, bool has_lse, const char* merging = "no sum, so there is no LSE; results over parts of "
-                                                                          "the keys merge by merge_added") {
+void check_refusals(const V& variant, bool has_lse,
+                    const char* merging = "no sum, so there is no LSE; results over parts of the keys merge by merge_added") {
   const Dense x(74, 1, 2, 1, 2, 3, 4, 4);
   Result r = unwritten(x.q.view(), x.v.view());
   const Result untouched = r;

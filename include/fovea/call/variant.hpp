@@ -103,13 +103,13 @@ struct VariantTraits<Variant<Score, MaskPolicy, Norm, Watch, Close, kAllOptions>
         return door::unsupported("fovea: a sink (%zu logits) belongs to softmax, this variant has another normaliser",
                                  o.sink.size());
       if constexpr (!HasLse<Norm>) {
-        if (o.lse) {
-          return Normalizer<Norm>
-                     ? door::unsupported("fovea: this variant's normaliser has no sum, so there is no LSE; results over parts of "
-                                         "the keys merge by merge_added")
-                     : door::unsupported("fovea: this variant's normaliser has no LSE: it weighs whole rows, so results "
-                                         "over parts of the keys cannot be merged");
-        }
+        if (o.lse && Normalizer<Norm>)
+          return door::unsupported(
+              "fovea: this variant's normaliser has no sum, so there is no LSE; results over parts of the keys merge by "
+              "merge_added");
+        if (o.lse)
+          return door::unsupported(
+              "fovea: no LSE: this variant's normaliser weighs whole rows, so results over parts of the keys cannot be merged");
       }
     }
     return {};

@@ -4,7 +4,8 @@
 //     projects the k chosen experts of a token into k slots, query heads of one kv head; nothing is computed for the others.
 //   MoH (Jin et al. 2024, arXiv 2410.11842): heads with K and V of their own; shared heads always, routed ones for the
 //     tokens that chose them.
-//   SwitchHead (Csordas et al. 2023, arXiv 2312.07987): experts are value and output projections, the attention is bare.
+//   SwitchHead (Csordas et al. 2023, arXiv 2312.07987): experts are value and output projections, the attention is bare: a
+//     router here, the projections and the whole layer in modules/switch_head_block.hpp.
 // A row of weight 0 sees no key: output 0, LSE -inf. Where no row of a row group is chosen (a decode step's kv head, 12
 // neighbouring rows of a prefill), its K and V are not read.
 #pragma once
@@ -92,29 +93,50 @@ Status head_mixture_attention(const Operand& q, const View<TK, 4>& k, const View
 
 // The routers, one token at a time. Of equal logits the first wins.
 
-// MoA: experts[s] and weights[s] of slot s, the k = experts.size() largest logits in falling order; the weights are their
-// softmax over all logits divided by their sum, which is the softmax over the chosen ones.
-inline Status moa_route(std::span<const float> logits, std::span<index_t> experts, std::span<float> weights) {
+namespace door {
+// experts[s] of slot s: the largest logits in falling order, the first of equal ones.
+inline Status choose_experts(std::span<const float> logits, std::span<index_t> experts, std::span<float> weights) {
   if (experts.size() != weights.size() || experts.empty() || experts.size() > logits.size())
-    return door::invalid("fovea: %zu experts and %zu weights to be chosen from %zu logits", experts.size(), weights.size(),
-                         logits.size());
-  double sum = 0;
+    return invalid("fovea: %zu experts and %zu weights to be chosen from %zu logits", experts.size(), weights.size(),
+                   logits.size());
   for (std::size_t s = 0; s < experts.size(); ++s) {
+    const auto end = experts.begin() + static_cast<index_t>(s);
     index_t best = -1;
     for (std::size_t e = 0; e < logits.size(); ++e) {
       const auto candidate = static_cast<index_t>(e);
-      if (std::find(experts.begin(), experts.begin() + static_cast<index_t>(s), candidate) !=
-          experts.begin() + static_cast<index_t>(s))
-        continue;
+      if (std::find(experts.begin(), end, candidate) != end) continue;
       if (best < 0 || logits[e] > logits[static_cast<std::size_t>(best)]) best = candidate;
     }
     experts[s] = best;
-    const double above = static_cast<double>(logits[static_cast<std::size_t>(best)]) -
-                         static_cast<double>(logits[static_cast<std::size_t>(experts[0])]);
+  }
+  return {};
+}
+}   // namespace door
+
+// MoA: experts[s] and weights[s] of slot s, the k = experts.size() largest logits in falling order; the weights are their
+// softmax over all logits divided by their sum, which is the softmax over the chosen ones.
+inline Status moa_route(std::span<const float> logits, std::span<index_t> experts, std::span<float> weights) {
+  if (Status s = door::choose_experts(logits, experts, weights); !s.ok()) return s;
+  const auto logit = [&](index_t expert) { return static_cast<double>(logits[static_cast<std::size_t>(expert)]); };
+  double sum = 0;
+  for (std::size_t s = 0; s < experts.size(); ++s) {
+    const double above = logit(experts[s]) - logit(experts[0]);
     sum += std::exp(above);
     weights[s] = static_cast<float>(std::exp(above));
   }
   for (float& weight : weights) weight = static_cast<float>(static_cast<double>(weight) / sum);
+  return {};
+}
+
+// SwitchHead, one head of a token: experts[s] and weights[s] of slot s, the k = experts.size() largest logits in falling
+// order, each weight the sigmoid of its logit, not renormalised. +inf is a weight of 1, -inf one of 0. Logits are compared,
+// not their sigmoids, which large ones share after rounding.
+inline Status switch_head_route(std::span<const float> logits, std::span<index_t> experts, std::span<float> weights) {
+  if (Status s = door::choose_experts(logits, experts, weights); !s.ok()) return s;
+  for (std::size_t s = 0; s < experts.size(); ++s) {
+    const double logit = static_cast<double>(logits[static_cast<std::size_t>(experts[s])]);
+    weights[s] = static_cast<float>(1 / (1 + std::exp(-logit)));
+  }
   return {};
 }
 
