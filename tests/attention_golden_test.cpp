@@ -10,7 +10,6 @@ using namespace test;
 using fovea::Causal;
 using fovea::Regime;
 
-
 // One query 1 against keys 1, 0, -1 at scale 1: scores [1, 0, -1]; the values are unit vectors, so out is the weights.
 struct Golden {
   Values q{1, 1, 1, 1, 1.f}, k{1, 1, 3, 1}, v = identity_values(1, 1, 3);
