@@ -3,6 +3,7 @@
 // change a bit.
 #include "fovea/engine/chunk_tiles.hpp"
 
+#include "fovea/engine/parts/feature_maps.hpp"
 #include "fovea/mechanisms/delta.hpp"
 #include "fovea/mechanisms/gated_delta.hpp"
 #include "fovea/mechanisms/gla.hpp"
@@ -170,6 +171,39 @@ TEST_CASE("bf16 tiles: lanes, workspaces and states in place change no bit") {
     check_lanes(*mechanism);
     check_workspace(*mechanism);
     check_in_place(*mechanism);
+    check_batch(*mechanism);
+    check_heads_and_layouts(*mechanism);
+    check_not_numbers(*mechanism);
+    check_mode(*mechanism);
+  }
+}
+
+// Behind another sequence, so that positions in the batch entry are not those in the sequence.
+TEST_CASE("bf16 tiles: a sequence packed behind another one is the sequence alone") {
+  if (!fovea::tiles_allowed()) return;
+  Mechanism cosformer = others()[0];
+  cosformer.name = "cosFormer";
+  cosformer.features = [](index_t dim) { return 2 * dim; };
+  cosformer.run = [](const Arguments<float>& x) {
+    return fovea::linear_attention(x.q, x.k, x.v, x.out, {.normalize = false}, in_bf16(x.options),
+                                   fovea::CosformerMap{x.k.extent[3], 200});
+  };
+  for (const Mechanism* mechanism : {&gated_delta(), &kda(), &std::as_const(cosformer)}) {
+    Case c{.seed = 10, .heads = {2, 2, 4}, .dim_k = 32, .dim_v = 64, .format = Format::bf16};
+    c.lengths = {9, 70};
+    const Problem packed(*mechanism, c);
+    Problem single = packed;
+    single.c.lengths.clear();
+    single.cu_len.clear();
+    single.initial = slice_of(packed.initial, 0, 1);
+    const How how{RecurrentForm::chunked};
+    const Answer together = answer_of(*mechanism, packed, how), alone = part_of(*mechanism, single, 9, 79, nullptr, how);
+    INFO(mechanism->name);
+    bool same = alone.state.bytes() == slice_of(together.state, 0, 1).bytes();
+    alone.out.each([&](index_t b, index_t h, index_t t, index_t d) {
+      same = same && alone.out.get(b, h, t, d) == together.out.get(b, h, 9 + t, d);
+    });
+    CHECK(same);
   }
 }
 

@@ -17,6 +17,7 @@
 
 #include "catch_compat.hpp"
 #include "executors.hpp"
+#include "float_mode.hpp"
 #include "fovea/core/convert.hpp"
 #include "fovea/core/kv.hpp"
 #include "fovea/core/recurrent.hpp"
@@ -268,6 +269,7 @@ struct Arguments {
   View<Real, 3> final_n{};
   View<const Real, 2> initial_m{};   // [sequence, state_head]
   View<Real, 2> final_m{};
+  std::vector<index_t> first_pos{};   // [sequence]  tokens before this call; none = 0
   RecurrentOptions<Real> options{};
 };
 
@@ -283,6 +285,7 @@ struct Mechanism {
   bool carries_n = false, carries_m = false;
   double (*per_head)(index_t head) = nullptr;
   bool causal = true;   // false: a sequence cannot be split
+  std::function<index_t(index_t dim_k)> features{};   // rows of a state, where a feature map with values >= 0 makes them
 };
 
 // ------------------------------------------------------------------------------------------------------------- problems
@@ -367,8 +370,10 @@ class Problem {
   Numbers initial, initial_n, initial_m;
   std::vector<float> per_head;
   std::vector<index_t> cu_len;
+  index_t state_rows;
 
-  Problem(const Mechanism& mechanism, const Case& described) : c(described) {
+  Problem(const Mechanism& mechanism, const Case& described)
+      : c(described), state_rows(mechanism.features ? mechanism.features(c.dim_k) : c.dim_k) {
     if (!c.lengths.empty()) {
       cu_len.push_back(0);
       for (const index_t len : c.lengths) cu_len.push_back(cu_len.back() + len);
@@ -417,16 +422,17 @@ class Problem {
       per_head.push_back(static_cast<float>(mechanism.per_head(h)));
     }
     initial = like_state().fill(normal);
-    initial_n = Numbers({1, c.sequences(), states, c.dim_k}, Format::f32, c.state_placement);
-    initial_n.fill(mechanism.positive ? std::function<float(index_t, index_t, index_t, index_t)>(feature) : normal);
+    initial_n = Numbers({1, c.sequences(), states, state_rows}, Format::f32, c.state_placement);
+    const bool sums_features = mechanism.positive || mechanism.features;
+    initial_n.fill(sums_features ? std::function<float(index_t, index_t, index_t, index_t)>(feature) : normal);
     initial_m = Numbers({1, 1, c.sequences(), states}, Format::f32, c.state_placement);
     initial_m.fill(normal);
   }
 
   Numbers like_state() const {
     const bool v_first = c.layout == StateLayout::v_first;
-    return Numbers({c.sequences(), c.heads.states(), v_first ? c.dim_v : c.dim_k, v_first ? c.dim_k : c.dim_v}, Format::f32,
-                   c.state_placement);
+    return Numbers({c.sequences(), c.heads.states(), v_first ? c.dim_v : state_rows, v_first ? state_rows : c.dim_v},
+                   Format::f32, c.state_placement);
   }
   Answer answer(const Mechanism& mechanism) const {
     Answer a{Numbers({c.batch, c.heads.outs(), c.len, c.dim_v}, c.out_format, c.placement), like_state(), {}, {}};
@@ -707,7 +713,7 @@ inline std::size_t case_limit(std::size_t all) {
 
 // ------------------------------------------------------------------------------- what every mechanism must do
 
-// Lengths around every chunk size, in every form.
+// Lengths around every chunk size, in every form, from nothing and from a state.
 inline void check_lengths(const Mechanism& mechanism) {
   std::vector<index_t> lengths{1, 2, 3, 45, 130};
   for (const index_t chunk : {8, 16, 24, 32, 64, 128, 256}) {
@@ -716,13 +722,15 @@ inline void check_lengths(const Mechanism& mechanism) {
   std::sort(lengths.begin(), lengths.end());
   lengths.erase(std::unique(lengths.begin(), lengths.end()), lengths.end());
   for (const index_t len : lengths) {
-    Case c{.seed = 100 + static_cast<std::uint64_t>(len), .len = len, .initial = len % 2 == 0};
-    c.betas = len % 3 == 0 ? Betas::unit : Betas::two;
-    const Problem problem(mechanism, c);
-    const Expected expected = problem.expected(mechanism);
-    for (const How& how : all_forms()) check(mechanism, problem, expected, how);
-    for (const index_t chunk : {1, 5, 13}) {
-      if (len <= 45) check(mechanism, problem, expected, {RecurrentForm::chunked, chunk});
+    for (const bool initial : {false, true}) {
+      Case c{.seed = 100 + static_cast<std::uint64_t>(len), .len = len, .initial = initial};
+      c.betas = len % 3 == 0 ? Betas::unit : Betas::two;
+      const Problem problem(mechanism, c);
+      const Expected expected = problem.expected(mechanism);
+      for (const How& how : all_forms()) check(mechanism, problem, expected, how);
+      for (const index_t chunk : {1, 5, 13}) {
+        if (len <= 45) check(mechanism, problem, expected, {RecurrentForm::chunked, chunk});
+      }
     }
   }
 }
@@ -843,6 +851,7 @@ inline Answer part_of(const Mechanism& mechanism, const Problem& whole, index_t 
   shorten(x.rate);
   shorten(x.kappa);
   if (before != nullptr) {
+    x.first_pos.assign(at(whole.c.sequences()), begin);
     x.options.initial_state = before->state.floats();
     if (mechanism.carries_n) x.initial_n = before->n.floats<3>();
     if (mechanism.carries_m) x.initial_m = before->m.floats<2>();
@@ -916,6 +925,45 @@ inline void check_decode(const Mechanism& mechanism) {
   }
 }
 
+// Entry n of one axis; an axis of extent 1 is shared.
+inline Numbers slice_of(const Numbers& all, std::size_t axis, index_t n) {
+  std::array<index_t, 4> extent = all.extent();
+  if (extent[axis] <= 1) return all;
+  extent[axis] = 1;
+  Numbers part(extent, all.format());
+  part.each([&](index_t i, index_t j, index_t k, index_t l) {
+    std::array<index_t, 4> from{i, j, k, l};
+    from[axis] = n;
+    part.put(i, j, k, l, all.get(from[0], from[1], from[2], from[3]));
+  });
+  return part;
+}
+
+// An entry of a batch is its single call, bit for bit.
+inline void check_batch(const Mechanism& mechanism) {
+  const Case c{.seed = 650, .batch = 3, .len = 37, .heads = {2, 2, 4}, .dim_k = 12, .dim_v = 20};
+  const Problem batched(mechanism, c);
+  using enum RecurrentForm;
+  for (const How& how : {How{step}, How{fused}, How{chunked, 16}, How{chunked, 32, 3, Pool::threads}}) {
+    INFO(mechanism.name << ", " << describe(how));
+    const Answer together = answer_of(mechanism, batched, how);
+    for (index_t b = 0; b < c.batch; ++b) {
+      Problem single = batched;
+      single.c.batch = 1;
+      for (Numbers* x : {&single.q, &single.k, &single.v, &single.gate, &single.beta, &single.dt, &single.rate,
+                         &single.kappa, &single.input_gate, &single.forget_gate, &single.initial}) {
+        *x = slice_of(*x, 0, b);
+      }
+      single.initial_n = slice_of(single.initial_n, 1, b);
+      single.initial_m = slice_of(single.initial_m, 2, b);
+      Answer entry{slice_of(together.out, 0, b), slice_of(together.state, 0, b), {}, {}};
+      if (mechanism.carries_n) entry.n = slice_of(together.n, 1, b);
+      if (mechanism.carries_m) entry.m = slice_of(together.m, 2, b);
+      CHECK(answer_of(mechanism, single, how) == entry);
+    }
+  }
+}
+
 // Sequences packed one after the other, with empty ones and single tokens among them, are the single calls, bit for bit.
 inline void check_ragged(const Mechanism& mechanism) {
   Case c{.seed = 600, .heads = {2, 2, 4}, .dim_k = 12, .dim_v = 20};
@@ -930,17 +978,7 @@ inline void check_ragged(const Mechanism& mechanism) {
       Problem single = packed;
       single.c.lengths.clear();
       single.cu_len.clear();
-      const auto row = [&](const Numbers& all, std::size_t axis) {
-        std::array<index_t, 4> extent = all.extent();
-        extent[axis] = 1;
-        Numbers part(extent);
-        part.each([&](index_t i, index_t j, index_t k, index_t l) {
-          std::array<index_t, 4> from{i, j, k, l};
-          from[axis] = s;
-          part.put(i, j, k, l, all.get(from[0], from[1], from[2], from[3]));
-        });
-        return part;
-      };
+      const auto row = [&](const Numbers& all, std::size_t axis) { return slice_of(all, axis, s); };
       single.initial = row(packed.initial, 0);
       single.initial_n = row(packed.initial_n, 1);
       single.initial_m = row(packed.initial_m, 2);
@@ -1127,7 +1165,7 @@ inline void check_hard_gates(const Mechanism& mechanism) {
   }
 }
 
-// Fewer heads are as good as repeated ones, and a state with dim_v first is the other one transposed.
+// Fewer heads are the repeated ones bit for bit, and a state with dim_v first is to rounding the other one transposed.
 inline void check_heads_and_layouts(const Mechanism& mechanism) {
   const auto repeated = [](const Numbers& x, index_t heads, HeadMap map, std::size_t axis) {
     std::array<index_t, 4> extent = x.extent();
@@ -1167,14 +1205,79 @@ inline void check_heads_and_layouts(const Mechanism& mechanism) {
         INFO(mechanism.name << ": " << describe(c) << ", " << describe(how));
         const Answer one = answer_of(mechanism, few, how), other = answer_of(mechanism, many, how),
                      v_first = answer_of(mechanism, turned, how);
-        CHECK(far(one.out, other.out) <= 2 * kRelativeError);
-        CHECK(far(repeated(one.state, 4, map, 1), other.state) <= 2 * kRelativeError);
+        Answer same{one.out, repeated(one.state, 4, map, 1), {}, {}};
+        if (mechanism.carries_n) same.n = repeated(one.n, 4, map, 2);
+        if (mechanism.carries_m) same.m = repeated(one.m, 4, map, 3);
+        CHECK(same == other);
         Numbers transposed(one.state.extent());
         transposed.fill([&](index_t s, index_t h, index_t i, index_t j) { return v_first.state.get(s, h, j, i); });
         CHECK(far(v_first.out, one.out) <= 2 * kRelativeError);
         CHECK(far(transposed, one.state) <= 2 * kRelativeError);
       }
     }
+  }
+}
+
+// A NaN or an infinity in one sequence and head: all others keep their bits, also those that work in the same memory after it.
+inline void check_not_numbers(const Mechanism& mechanism) {
+  using enum RecurrentForm;
+  Case batch{.seed = 1450, .batch = 2, .len = 37, .heads = {2, 2, 2}, .dim_k = 12, .dim_v = 20, .placement = Placement::bshd};
+  Case ragged = batch;
+  batch.layout = StateLayout::v_first;
+  ragged.lengths = {40, 5, 1, 17};
+  for (const Case& c : {batch, ragged}) {
+    const Problem clean(mechanism, c);
+    const index_t end = c.lengths.empty() ? c.len : c.lengths[0], spoiled = 20;   // of sequence 0; in its second chunk
+    for (const How& how : {How{step}, How{fused}, How{chunked, 16}, How{chunked}}) {
+      const Answer good = answer_of(mechanism, clean, how);
+      const std::vector<Numbers Problem::*> spoils{&Problem::q,           &Problem::k,       &Problem::v,    &Problem::gate,
+                                                   &Problem::beta,        &Problem::dt,      &Problem::rate, &Problem::kappa,
+                                                   &Problem::input_gate,  &Problem::initial, &Problem::forget_gate,
+                                                   &Problem::initial_n,   &Problem::initial_m};
+      for (std::size_t n = 0; n < spoils.size(); ++n) {
+        for (const double wrong : {std::nan(""), HUGE_VAL}) {
+          Problem bad = clean;
+          Numbers& x = bad.*spoils[n];
+          const bool of_tokens = x.extent()[2] == bad.c.len;   // a state's numbers are all of head 0 of sequence 0
+          x.put(0, 0, of_tokens ? spoiled : 0, of_tokens ? x.extent()[3] / 2 : 0, wrong);
+          const Answer a = answer_of(mechanism, bad, how);
+          bool same = true, reached = false;
+          const auto see = [&](const Numbers& to, const auto& is_spoiled) {
+            const Numbers& from = &to == &a.out ? good.out : &to == &a.state ? good.state : &to == &a.n ? good.n : good.m;
+            to.each([&](index_t i, index_t j, index_t k, index_t l) {
+              const double got = to.get(i, j, k, l);
+              if (is_spoiled(i, j, k, l)) {
+                reached = reached || (&to == &a.out && k == spoiled && !std::isfinite(got));
+              } else {
+                same = same && std::bit_cast<std::uint64_t>(got) == std::bit_cast<std::uint64_t>(from.get(i, j, k, l));
+              }
+            });
+          };
+          see(a.out, [&](index_t b, index_t h, index_t t, index_t) { return b == 0 && h == 0 && t < end; });
+          see(a.state, [](index_t s, index_t h, index_t, index_t) { return s == 0 && h == 0; });
+          see(a.n, [](index_t, index_t s, index_t h, index_t) { return s == 0 && h == 0; });
+          see(a.m, [](index_t, index_t, index_t s, index_t h) { return s == 0 && h == 0; });
+          INFO(mechanism.name << ": " << describe(bad.c) << ", " << describe(how) << ", " << wrong << " in tensor " << n);
+          CHECK(same);
+          if (n < 3) CHECK(reached);   // q, k and v, which every mechanism reads
+        }
+      }
+    }
+  }
+}
+
+// The thread's floating-point mode is what it was.
+inline void check_mode(const Mechanism& mechanism) {
+  const Problem problem(mechanism, {.seed = 1480, .batch = 2, .len = 20, .heads = {2, 2, 2}});
+  for (const RecurrentForm form : {RecurrentForm::step, RecurrentForm::fused, RecurrentForm::chunked}) {
+    INFO(mechanism.name << ", " << name_of(form));
+    Answer a = problem.answer(mechanism);
+    Arguments<float> x = problem.arguments(mechanism, a);
+    x.options.form = form;
+    check_float_mode([&](const fovea::Executor& executor) {
+      x.options.executor = executor;
+      return mechanism.run(x);
+    });
   }
 }
 
@@ -1362,6 +1465,7 @@ inline void check_everything(const Mechanism& mechanism) {
     check_decode(mechanism);
   }
   check_ragged(mechanism);
+  check_batch(mechanism);
   check_in_place(mechanism);
   check_lanes(mechanism);
   check_workspace(mechanism);
@@ -1369,6 +1473,8 @@ inline void check_everything(const Mechanism& mechanism) {
   check_unwanted_state(mechanism);
   check_rounding(mechanism);
   check_heads_and_layouts(mechanism);
+  check_not_numbers(mechanism);
+  check_mode(mechanism);
   if (mechanism.gates != Gates::none) check_hard_gates(mechanism);
 }
 

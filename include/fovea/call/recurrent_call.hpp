@@ -180,6 +180,20 @@ Status check_like(const char* name, const View<T, Rank>& view, const std::array<
   }
 }
 
+// Tokens before the call, one number per sequence or none at all; `most` with those of the call.
+inline Status check_first_pos(std::span<const index_t> first_pos, const RecurrentShape& s, std::span<const index_t> cu_len,
+                              index_t most) {
+  if (first_pos.empty()) return {};
+  if (static_cast<index_t>(first_pos.size()) != s.sequences)
+    return invalid("fovea: first_pos has %zu entries for %td sequences", first_pos.size(), s.sequences);
+  for (index_t n = 0; n < s.sequences; ++n) {
+    const SequenceRun tokens = sequence_run(s, cu_len, n);
+    const index_t first = first_pos[static_cast<std::size_t>(n)], last = most - (tokens.end - tokens.begin);
+    if (first < 0 || first > last) return invalid("fovea: first_pos[%td] = %td, must be 0 to %td", n, first, last);
+  }
+  return {};
+}
+
 inline Status check_states(const RecurrentShape& s, const RecurrentOptions<float>& o, Memory& memory) {
   const bool v_first = o.layout == StateLayout::v_first;
   const std::array<index_t, 4> want{s.sequences, s.state_heads, v_first ? s.dim_v : s.dim_k, v_first ? s.dim_k : s.dim_v};

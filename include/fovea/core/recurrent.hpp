@@ -87,6 +87,8 @@ struct LinearOptions {
   bool clamp_denominator = false;             // max(denominator, eps) in place of denominator + eps (cosFormer)
   View<const Real, 3> initial_key_sum = {};   // [sequence, state_head, feature]  z
   View<Real, 3> final_key_sum = {};
+  std::span<const index_t> first_pos = {};   // [sequence]  tokens that the initial states have seen, for feature maps that
+                                             //             look at positions (cosFormer); empty = none
 };
 
 // sliding: the newest `window` keys. terraced: the own block of `window` keys and the one before it; only from an empty

@@ -166,7 +166,8 @@ class ChunkTask {
     const bool whole = at_.count == rows_ && run_.shape.dim_k == dim_;
     if (!ReadOf::exclusive && !kLowRank && map.apply == nullptr && whole && in_place(x.format, x.stride[3]))
       return {reinterpret_cast<const float*>(row_at(x, at_.batch, head, at_.begin)), x.stride[2]};
-    load_rows(x, map, at_.batch, head, at_.begin, at_.count, run_.shape.dim_k, dim_, rows_, 1.f, m_.row, copy);
+    load_rows(x, map_of(run_, map, place_), at_.batch, head, at_.begin, at_.count, run_.shape.dim_k, dim_, rows_, 1.f, m_.row,
+              copy);
     return {copy, dim_};
   }
 

@@ -225,7 +225,7 @@ inline void load_rows(const Operand& x, const RowMap& map, index_t batch, index_
       copy_padded(row, dim_k, stride, factor, to);
     } else {
       read_numbers(x.format, from, x.stride[3], x.extent[3], row);
-      map.apply(map.map, head, begin + i, row, to);
+      map.apply(map.map, head, begin + i + map.shift, row, to);
       copy_padded(to, dim_k, stride, factor, to);
     }
   }

@@ -174,8 +174,8 @@ class StepTask {
   void token(index_t t) {
     const RecurrentShape& shape = run_.shape;
     at_ = {place_.sequence, place_.tokens.batch, head_, t, 1};
-    load_rows(run_.k, run_.k_map, at_.batch, shared_head(head_, shape.state_heads, shape.k_heads, run_.head_map), t, 1,
-              shape.dim_k, dim_, 1, 1.f, m_.row, m_.k);
+    load_rows(run_.k, map_of(run_, run_.k_map, place_), at_.batch,
+              shared_head(head_, shape.state_heads, shape.k_heads, run_.head_map), t, 1, shape.dim_k, dim_, 1, 1.f, m_.row, m_.k);
     prepare_alpha();
     StepRows rows{m_.alpha, nullptr, m_.read, m_.k, nullptr, 0.f, 0.f};
     if constexpr (UpdateOf::kind == Written::additive) {
@@ -234,7 +234,8 @@ class StepTask {
   }
 
   void prepare_read(index_t q_head, StepRows& rows) {
-    load_rows(run_.q, run_.q_map, at_.batch, q_head, at_.begin, 1, run_.shape.dim_k, dim_, 1, run_.scale, m_.row, m_.q);
+    load_rows(run_.q, map_of(run_, run_.q_map, place_), at_.batch, q_head, at_.begin, 1, run_.shape.dim_k, dim_, 1, run_.scale,
+              m_.row, m_.q);
     f32 kq(0.f), bq(0.f);
     for (index_t d = 0; d < dim_; d += kLanes) {
       const f32 q = load(m_.q + d);

@@ -153,7 +153,7 @@ class TileChunkTask : ChunkTask<Spec> {
       for (index_t i = 0; i < at_.count; ++i)
         std::memcpy(to + i * wide_, row_at(x, at_.batch, head, at_.begin + i), 2 * static_cast<std::size_t>(dim_k));
     } else {
-      load_rows(x, map, at_.batch, head, at_.begin, at_.count, dim_k, dim_, at_.count, 1.f, m_.row, copy);
+      load_rows(x, map_of(run_, map, place_), at_.batch, head, at_.begin, at_.count, dim_k, dim_, at_.count, 1.f, m_.row, copy);
       for (index_t i = 0; i < at_.count; ++i) {
         each_pair_vector([&](index_t d, auto whole) {
           const float* const from = copy + i * dim_ + d;

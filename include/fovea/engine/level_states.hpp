@@ -21,12 +21,9 @@ inline index_t levels_for(index_t tokens) { return tokens == 0 ? 0 : bits_of(tok
 
 struct LevelRun : RecurrentRun {
   View<const float, 4> level_weight{};     // [batch | 1, state_head | 1, pos | 1, level], shared axes with stride 0
-  std::span<const index_t> first_pos;      // [sequence]
   View<const float, 5> initial_levels{};   // [sequence, state_head, level, dim_k, dim_v] or as `layout` says
   View<float, 5> final_levels{};
   index_t levels = 1;   // of the sequence that needs most
-
-  index_t first_of(index_t sequence) const { return first_pos.empty() ? 0 : first_pos[static_cast<std::size_t>(sequence)]; }
 };
 
 template <class T>

@@ -31,6 +31,7 @@ inline SequenceRun sequence_run(const RecurrentShape& shape, std::span<const ind
 struct RowMap {
   const void* map = nullptr;
   void (*apply)(const void* map, index_t head, index_t pos, const float* row, float* features) = nullptr;
+  index_t shift = 0;   // from positions of the batch entry to those of the sequence, which `apply` gets
 };
 
 struct RecurrentRun {
@@ -43,11 +44,14 @@ struct RecurrentRun {
   View<const float, 4> initial_state{};
   View<float, 4> final_state{};
   std::span<const index_t> cu_len;
+  std::span<const index_t> first_pos;       // [sequence]  tokens before this call, where positions matter; empty = none
   View<const float, 3> initial_key_sum{};   // where the mechanism divides
   View<float, 3> final_key_sum{};
   RowMap q_map{}, k_map{};
   bool read_last = false;   // every token reads the state after the last one
   RecurrentPlan plan{};
+
+  index_t first_of(index_t sequence) const { return first_pos.empty() ? 0 : first_pos[static_cast<std::size_t>(sequence)]; }
 };
 
 inline constexpr index_t round_up(index_t n, index_t to) { return (n + to - 1) / to * to; }
@@ -67,6 +71,12 @@ inline TaskPlace task_place(const RecurrentRun& run, index_t task) {
   const index_t first = tile * plan.tile_panels;
   return {sequence, first, std::min(plan.tile_panels, value_panels(run.shape) - first), group,
           sequence_run(run.shape, run.cu_len, sequence)};
+}
+
+// The map for the rows of one sequence.
+inline RowMap map_of(const RecurrentRun& run, RowMap map, const TaskPlace& place) {
+  map.shift = run.first_of(place.sequence) - place.tokens.begin;
+  return map;
 }
 
 // How many states a task has.

@@ -33,9 +33,9 @@ struct IdentityFeatures {
 // q [batch, q_head, pos, dim_k], k [batch, k_head, pos, dim_k], v [batch, v_head, pos, dim_v], out [batch, out_head, pos,
 // dim_v] (core/recurrent.hpp: heads, states, ragged batches). Nothing is written before every check has passed; out must not
 // overlap anything.
-// A feature map has index_t features(index_t dim) and operator()(head, pos, row, features), head being that of q or of k. The
-// states have features(dim) rows. Scale is 1 if normalised, else 1/sqrt(features). Not causal: every token reads the state
-// after the sequence's last one.
+// A feature map has index_t features(index_t dim) and operator()(head, pos, row, features), head being that of q or of k, pos
+// that of the token in its sequence. The states have features(dim) rows. Scale is 1 if normalised, else 1/sqrt(features). Not
+// causal: every token reads the state after the sequence's last one.
 template <class QueryMap, class KeyMap>
 Status linear_attention(const Operand& q, const Operand& k, const Operand& v, const Result& out,
                         const LinearOptions<float>& linear, const RecurrentOptions<float>& options,
@@ -56,6 +56,8 @@ Status linear_attention(const Operand& q, const Operand& k, const Operand& v, co
   if (Status s = door::check_like("final_key_sum", linear.final_key_sum, sums, memory); !s.ok()) return s;
   memory.may_be("final_key_sum", "initial_key_sum");
   if (Status s = memory.check_apart(); !s.ok()) return s;
+  if (Status s = door::check_first_pos(linear.first_pos, run.shape, options.cu_len, PTRDIFF_MAX); !s.ok()) return s;
+  run.first_pos = linear.first_pos;
   if (!linear.normalize && !linear.initial_key_sum && !linear.final_key_sum) {
     const ChunkSpec<NoDecay, Additive, Inclusive, Plain> spec{{}, {}, {}, {}};
     return door::run_recurrent(run, spec, options);

@@ -24,17 +24,14 @@ inline Status check_levels(const LogLinearOptions<float>& levels, const Recurren
         "fovea: the states of log-linear attention are initial_levels and final_levels; a single state was given");
   if ((options.chunk & (options.chunk - 1)) != 0)
     return invalid("fovea: chunk is %td, must be a power of two: buckets are", options.chunk);
-  if (!levels.first_pos.empty() && static_cast<index_t>(levels.first_pos.size()) != s.sequences)
-    return invalid("fovea: first_pos has %zu entries for %td sequences", levels.first_pos.size(), s.sequences);
+  if (Status status = check_first_pos(levels.first_pos, s, options.cu_len, kMaxTokens); !status.ok()) return status;
+  run.first_pos = levels.first_pos;
   const index_t initial = levels.initial_levels ? levels.initial_levels.extent[2] : kMaxLevels;
   const index_t final = levels.final_levels ? levels.final_levels.extent[2] : kMaxLevels;
   run.levels = 1;
   for (index_t n = 0; n < s.sequences; ++n) {
     const SequenceRun tokens = sequence_run(s, options.cu_len, n);
-    const index_t first = levels.first_pos.empty() ? 0 : levels.first_pos[static_cast<std::size_t>(n)];
-    const index_t len = tokens.end - tokens.begin;
-    if (first < 0 || first > kMaxTokens - len)
-      return invalid("fovea: first_pos[%td] = %td, must be 0 to %td", n, first, kMaxTokens - len);
+    const index_t first = run.first_of(n), len = tokens.end - tokens.begin;
     const index_t before = levels_for(first), after = levels_for(first + len);
     if (before > initial)
       return invalid("fovea: initial_levels has %td levels, %td tokens of sequence %td have %td", initial, first, n, before);
@@ -63,7 +60,6 @@ inline Status check_levels(const LogLinearOptions<float>& levels, const Recurren
       levels.initial_levels.stride != levels.final_levels.stride)
     return invalid("fovea: initial_levels and final_levels share their memory with different strides");
   run.level_weight = tidy(levels.level_weight);
-  run.first_pos = levels.first_pos;
   run.initial_levels = levels.initial_levels;
   run.final_levels = levels.final_levels;
   return {};

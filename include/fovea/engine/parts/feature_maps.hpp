@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Feature maps phi of linear attention on rows of floats: what stands in for exp(q . k / sqrt(dim)) as phi(q) . phi(k). A
 // map is any functor with
-//   index_t features(index_t dim) const;
+//   index_t features(index_t dim) const;   // 0: not a map of rows of dim numbers
 //   void operator()(index_t head, index_t pos, const float* row, float* features) const;
-// `row` has dim numbers and `features` features(dim); they do not overlap. No map allocates. Learned matrices are views
+// `row` has dim numbers and `features` features(dim); they do not overlap. `pos` counts from the first token of the sequence,
+// those before the call included (LinearOptions::first_pos). No map allocates. Learned matrices are views
 // [head | 1, ..]; of a tensor with shared heads, `head` is that tensor's head. Citations are in reference/feature_maps.hpp.
 #pragma once
 #include <algorithm>
@@ -269,17 +270,16 @@ struct TaylorMap {
   }
 };
 
-// [relu(x) sin, relu(x) cos] of pi (pos + 1 + first_pos) / (2 longest): weights relu(q) . relu(k) cos(pi (i - j) / (2
-// longest)), none negative while positions differ by less than `longest` (cosFormer). `longest` is part of the model: the
-// length of the whole sequence, for a stream the longest context.
+// [relu(x) sin, relu(x) cos] of pi (pos + 1) / (2 longest): weights relu(q) . relu(k) cos(pi (i - j) / (2 longest)), none
+// negative while positions differ by less than `longest` (cosFormer). `longest` is part of the model: the length of the whole
+// sequence, for a stream the longest context.
 struct CosformerMap {
   index_t dim = 0;
   index_t longest = 1;
-  index_t first_pos = 0;   // tokens before this call
 
   index_t features(index_t) const { return 2 * dim; }
   void operator()(index_t, index_t pos, const float* row, float* to) const {
-    const double angle = std::acos(0.) * static_cast<double>(pos + 1 + first_pos) / static_cast<double>(longest);
+    const double angle = std::acos(0.) * static_cast<double>(pos + 1) / static_cast<double>(longest);
     const auto sine = static_cast<float>(std::sin(angle)), cosine = static_cast<float>(std::cos(angle));
     feature_rows::each(row, dim, to, [&](f32 x) { return feature_rows::at_least(x, 0.f) * f32(sine); });
     feature_rows::each(row, dim, to + dim, [&](f32 x) { return feature_rows::at_least(x, 0.f) * f32(cosine); });
@@ -291,7 +291,7 @@ struct T2rMap {
   View<const float, 3> w = {};      // [head | 1, feature, dim]
   View<const float, 2> bias = {};   // [head | 1, feature]  null = none
 
-  index_t features(index_t) const { return w.extent[1]; }
+  index_t features(index_t dim) const { return dim == w.extent[2] ? w.extent[1] : 0; }
   void operator()(index_t head, index_t, const float* row, float* to) const {
     feature_rows::affine(w, bias, head, row, to);
     feature_rows::each(to, w.extent[1], to, [](f32 x) { return feature_rows::at_least(x, 0.f); });
@@ -303,7 +303,7 @@ struct HedgehogMap {
   View<const float, 3> w = {};      // [head | 1, feature, dim]
   View<const float, 2> bias = {};   // [head | 1, feature]  null = none
 
-  index_t features(index_t) const { return 2 * w.extent[1]; }
+  index_t features(index_t dim) const { return dim == w.extent[2] ? 2 * w.extent[1] : 0; }
   void operator()(index_t head, index_t, const float* row, float* to) const {
     const index_t count = w.extent[1];
     feature_rows::affine(w, bias, head, row, to);
@@ -319,7 +319,7 @@ struct HedgehogMap {
 struct LolcatsMap {
   View<const float, 3> w = {};   // [head | 1, dim, feature]
 
-  index_t features(index_t) const { return 2 * w.extent[2]; }
+  index_t features(index_t dim) const { return dim == w.extent[1] ? 2 * w.extent[2] : 0; }
   void operator()(index_t head, index_t, const float* row, float* to) const {
     const View<const float, 2> m = feature_rows::head_matrix(w, head);
     feature_rows::multiply({m.data, {m.extent[1], m.extent[0]}, {m.stride[1], m.stride[0]}}, row, to);
@@ -363,7 +363,7 @@ struct RebasedMap {
 struct HadamardMap {
   View<const float, 3> w1 = {}, w2 = {};   // [head | 1, feature, dim]
 
-  index_t features(index_t) const { return w1.extent[1]; }
+  index_t features(index_t dim) const { return dim == w1.extent[2] && w1.extent == w2.extent ? w1.extent[1] : 0; }
   void operator()(index_t head, index_t, const float* row, float* to) const {
     constexpr index_t kBlock = 64;
     float second[kBlock];
@@ -384,7 +384,7 @@ struct SumNormalizedMap {
   Map map;
   float eps = 1e-4f;
 
-  index_t features(index_t dim) const { return map.features(dim); }
+  index_t features(index_t dim) const { return dim == map.dim ? map.features(dim) : 0; }
   void operator()(index_t head, index_t pos, const float* row, float* to) const {
     const index_t count = map.features(map.dim);
     map(head, pos, row, to);
@@ -426,7 +426,7 @@ struct FavorQueryMap {
   View<const float, 3> projection = {};   // [head | 1, feature, dim]  W
   float eps = 1e-4f;
 
-  index_t features(index_t) const { return projection.extent[1]; }
+  index_t features(index_t dim) const { return dim == projection.extent[2] ? projection.extent[1] : 0; }
   void operator()(index_t head, index_t, const float* row, float* to) const {
     const index_t count = projection.extent[1], dim = projection.extent[2];
     const float scale = favor::inverse_fourth_root(dim);
@@ -440,7 +440,7 @@ struct FavorKeyMap {
   View<const float, 1> stabiliser = {};   // [head | 1]  one number per head; favor_largest of the keys, or more
   float eps = 1e-4f;
 
-  index_t features(index_t) const { return projection.extent[1]; }
+  index_t features(index_t dim) const { return dim == projection.extent[2] ? projection.extent[1] : 0; }
   void operator()(index_t head, index_t, const float* row, float* to) const {
     const index_t count = projection.extent[1], dim = projection.extent[2];
     const float largest = stabiliser.data[stabiliser.extent[0] == 1 ? 0 : head * stabiliser.stride[0]];
@@ -454,7 +454,7 @@ struct FavorReluMap {
   View<const float, 3> projection = {};   // [head | 1, feature, dim]  W
   float eps = 1e-3f;
 
-  index_t features(index_t) const { return projection.extent[1]; }
+  index_t features(index_t dim) const { return dim == projection.extent[2] ? projection.extent[1] : 0; }
   void operator()(index_t head, index_t, const float* row, float* to) const {
     feature_rows::multiply(feature_rows::head_matrix(projection, head), row, to);
     favor::close_relu_row(to, projection.extent[1], favor::inverse_fourth_root(projection.extent[2]), eps);
