@@ -234,6 +234,17 @@ TEST_CASE("bf16 tiles: channels that decay too much") {
   }
 }
 
+TEST_CASE("bf16 tiles: Mamba-2 with steps of all sizes") {
+  if (!fovea::tiles_allowed()) return;
+  const Mechanism& mamba2 = others().back();
+  Problem problem(mamba2, {.seed = 11, .len = 130, .heads = {2, 2, 4}, .dim_k = 32, .dim_v = 64, .format = Format::bf16});
+  test::Random random(12);
+  problem.per_head.assign(4, -1.f);
+  problem.dt.fill([&](auto...) { return random.pick({0., 1e-7, 0.1, 0.1, 30., 100.}); });
+  const Expected expected = problem.expected(mamba2);
+  for (const index_t chunk : {0, 32}) check(mamba2, problem, expected, {RecurrentForm::chunked, chunk}, kAllowed);
+}
+
 // Forms token by token, and mechanisms without tiles, keep their fp32 products.
 TEST_CASE("bf16 tiles: what has no tiles keeps its bits") {
   if (!fovea::tiles_allowed()) return;

@@ -141,6 +141,37 @@ TEST_CASE("Gated DeltaNet: as DeltaProduct, golden values") {
   }
 }
 
+// A second update of strength 0 is none: DeltaProduct of two is Gated DeltaNet then. (Of one it is the same call.)
+TEST_CASE("Gated DeltaNet: as DeltaProduct with one of two updates idle") {
+  const Problem single(gated_delta(), {.seed = 65, .len = 35, .heads = {2, 2, 4}, .dim_k = 12, .dim_v = 20});
+  const Expected expected = single.expected(gated_delta());
+  for (const index_t idle : {0, 1}) {
+    Problem pairs(gated_delta(), {.seed = 66, .len = 70, .heads = {2, 2, 4}, .dim_k = 12, .dim_v = 20});
+    pairs.initial = single.initial;
+    const auto spread = [&](Numbers& to, const Numbers& from, index_t at_pair) {
+      to.each([&](index_t b, index_t h, index_t n, index_t i) {
+        if (n % 2 == at_pair) to.put(b, h, n, i, from.get(b, h, n / 2, i));
+      });
+    };
+    const Numbers none = Numbers(single.beta.extent()).fill([](auto...) { return 0; });
+    spread(pairs.q, single.q, 1);
+    spread(pairs.k, single.k, 1 - idle);
+    spread(pairs.v, single.v, 1 - idle);
+    spread(pairs.beta, single.beta, 1 - idle);
+    spread(pairs.beta, none, idle);
+    spread(pairs.gate, single.gate, 0);   // the first of a pair decays
+    spread(pairs.gate, none, 1);
+    for (const How& how : all_forms()) {
+      INFO("update " << idle << " idle, " << describe(how));
+      const Answer a = answer_of(gated_delta(), pairs, how);
+      Numbers read(single.answer(gated_delta()).out.extent());
+      read.fill([&](index_t b, index_t h, index_t t, index_t j) { return a.out.get(b, h, 2 * t + 1, j); });
+      CHECK(distance(read, expected.out, 35) <= kRelativeError);
+      CHECK(distance(a.state, expected.state, 12) <= kRelativeError);
+    }
+  }
+}
+
 TEST_CASE("Gated DeltaNet: refused gates and betas") {
   const Problem problem(gated_delta(), {.seed = 64, .batch = 2, .len = 5, .heads = {2, 2, 4}, .dim_k = 6, .dim_v = 7});
   check_refused(gated_delta(), problem,

@@ -501,6 +501,105 @@ TEST_CASE("log-linear: the caller's workspace") {
   }
 }
 
+// Sequences packed one after the other, with empty ones and single tokens among them, from positions of their own.
+TEST_CASE("log-linear: packed sequences are the single calls, bit for bit") {
+  for (const Kind kind : kKinds) {
+    Case c{.seed = 140, .heads = {2, 2, 4}, .dim_k = 12, .dim_v = 20};
+    c.lengths = {0, 5, 0, 1, 70, 33, 0};
+    c.unowned = 2;
+    const LevelProblem x({.kind = kind, .first = {3, 0, 0, 16, 37, 64, 100}}, c);
+    const LevelProblem::Expected expected = x.expected();
+    using enum RecurrentForm;
+    for (const How& how : {How{step}, How{fused}, How{chunked, 8}, How{chunked, 32, 3, Pool::threads}}) {
+      const LevelAnswer together = check(x, expected, how);
+      for (index_t s = 0; s < x.base.c.sequences(); ++s) {
+        const index_t begin = x.base.cu_len[at(s)], end = x.base.cu_len[at(s) + 1];
+        LevelProblem single = x;
+        single.base.c.lengths.clear();
+        single.base.cu_len.clear();
+        single.initial = slice_of(x.initial, 0, s);
+        single.at_level.first = {x.first(s) - begin};   // of the packed tensor's first token
+        const LevelAnswer alone = part_of(single, begin, end, nullptr, false, how);
+        bool same = alone.levels.bytes() == slice_of(together.levels, 0, s).bytes();
+        alone.out.each([&](index_t b, index_t h, index_t t, index_t d) {
+          same = same && alone.out.get(b, h, t, d) == together.out.get(b, h, begin + t, d);
+        });
+        INFO(describe(x, how) << ", sequence " << s);
+        CHECK(same);
+      }
+    }
+  }
+}
+
+TEST_CASE("log-linear: a NaN or an infinity stays in its sequence and head") {
+  constexpr index_t kSpoiled = 20, kEnd = 40;
+  for (const Kind kind : kKinds) {
+    Case c{.seed = 150, .heads = {2, 2, 2}, .dim_k = 12, .dim_v = 20, .placement = Placement::bshd};
+    c.lengths = {kEnd, 5, 1, 17};
+    const LevelProblem clean({.kind = kind, .first = {37, 0, 3, 64}}, c);
+    for (const How& how : {How{RecurrentForm::step}, How{RecurrentForm::fused}, How{RecurrentForm::chunked, 16}}) {
+      const LevelAnswer good = clean.run(how);
+      for (int n = 0; n < 8; ++n) {
+        for (const double wrong : {std::nan(""), HUGE_VAL}) {
+          LevelProblem bad = clean;
+          Problem& base = bad.base;
+          Numbers* const spoils[] = {&base.q, &base.k, &base.v, &base.gate, &base.beta, &base.dt, &bad.lambda, &bad.initial};
+          spoils[n]->put(0, 0, n == 7 ? 0 : kSpoiled, 0, wrong);
+          const LevelAnswer a = bad.run(how);
+          const auto differs = [](double x, double y) {
+            return std::bit_cast<std::uint64_t>(x) != std::bit_cast<std::uint64_t>(y);
+          };
+          bool same = true, reached = false;
+          a.out.each([&](index_t b, index_t h, index_t t, index_t d) {
+            const double got = a.out.get(b, h, t, d);
+            if (h == 0 && t < kEnd) {
+              reached = reached || (t == kSpoiled && !std::isfinite(got));
+            } else {
+              same = same && !differs(got, good.out.get(b, h, t, d));
+            }
+          });
+          a.levels.each([&](index_t s, index_t hl, index_t i, index_t j) {
+            const bool spoiled = s == 0 && hl < clean.levels;
+            same = same && (spoiled || !differs(a.levels.get(s, hl, i, j), good.levels.get(s, hl, i, j)));
+          });
+          INFO(describe(clean, how) << ", " << wrong << " in tensor " << n);
+          CHECK(same);
+          if (n < 3) CHECK(reached);   // q, k and v
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("log-linear: the thread's floating-point mode is what it was") {
+  const LevelProblem x({}, {.seed = 160, .len = 40, .heads = {2, 2, 2}});
+  for (const RecurrentForm form : {RecurrentForm::step, RecurrentForm::fused, RecurrentForm::chunked}) {
+    LevelAnswer a = x.answer();
+    const Status status = x.run(a, {form}, [&](const auto& y, const auto& levels) {
+      RecurrentOptions<float> options = y.options;
+      options.form = form;
+      test::check_float_mode([&](const fovea::Executor& executor) {
+        options.executor = executor;
+        return fovea::log_linear_gated_delta(y.q, y.k, y.v, y.decay, y.beta, levels, y.out, options);
+      });
+    });
+    CHECK(status.ok());
+  }
+}
+
+// dt from nothing to a reset, between merges and within chunks.
+TEST_CASE("log-linear: Mamba-2 with steps of all sizes in one sequence") {
+  for (const index_t first : {0, 37}) {
+    LevelProblem x({.kind = Kind::mamba2, .first = {first}},
+                   {.seed = 170, .len = 130, .heads = {2, 2, 4}, .dim_k = 12, .dim_v = 20});
+    Random random(171);
+    x.base.per_head.assign(4, -1.f);
+    x.base.dt.fill([&](auto...) { return random.pick({0., 1e-7, 0.1, 0.1, 30., 100.}); });
+    const LevelProblem::Expected expected = x.expected();
+    for (const How& how : level_forms()) check(x, expected, how);
+  }
+}
+
 TEST_CASE("log-linear: sequences without tokens hand their levels on") {
   for (const How& how : level_forms()) {
     for (const bool initial : {false, true}) {

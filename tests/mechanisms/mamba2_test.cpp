@@ -101,6 +101,23 @@ TEST_CASE("Mamba-2: steps of zero, huge steps, empty queries") {
   }
 }
 
+// Factors of 1, of one less its last place, 0.9, e^-30 and 0 among each other, and writes 10^9 times as large as others; with
+// inputs that even these out, no token hides the others.
+TEST_CASE("Mamba-2: steps of all sizes in one sequence") {
+  for (const bool even : {false, true}) {
+    Problem problem(mamba2(), {.seed = 73, .len = 100, .heads = {2, 2, 4}, .dim_k = 12, .dim_v = 20});
+    test::Random random(74);
+    problem.per_head.assign(4, -1.f);
+    problem.dt.fill([&](auto...) { return random.pick({0., 1e-7, 0.1, 0.1, 30., 100.}); });
+    const Numbers v = problem.v;
+    problem.v.fill([&](index_t b, index_t h, index_t t, index_t j) {
+      return v.get(b, h, t, j) / (even ? std::max(problem.dt.get(b, h, t, 0), 0.01) : 1);
+    });
+    const Expected expected = problem.expected(mamba2());
+    for (const How& how : all_forms()) check(mamba2(), problem, expected, how);
+  }
+}
+
 TEST_CASE("Mamba-2: refused parameters") {
   const Problem problem(mamba2(), {.seed = 72, .batch = 2, .len = 5, .heads = {2, 2, 4}, .dim_k = 6, .dim_v = 7});
   check_refused(mamba2(), problem,

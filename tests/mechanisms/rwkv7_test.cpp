@@ -35,6 +35,19 @@ const Mechanism& general() {
   return mechanism;
 }
 
+// Comba, S_t = alpha S + beta k (v - S' p)': what is removed was read before the decay.
+Problem comba_problem(const Mechanism& unit_keys, double p_of_k) {
+  Problem x(unit_keys, {.seed = 114, .len = 37, .heads = {2, 2, 2}, .dim_k = 12, .dim_v = 20, .scale = 0.5});
+  x.gate = Numbers({1, 2, 37, 1}).fill([](auto...) { return 0; });
+  x.kappa.fill([&](index_t b, index_t h, index_t t, index_t i) { return p_of_k * x.k.get(b, h, t, i); });
+  return x;
+}
+// a = p is there; b = -beta k, v -> beta v.
+void set_strength(Problem& x, const Numbers& v, const Numbers& beta) {
+  x.rate.fill([&](index_t b, index_t h, index_t t, index_t i) { return -beta.get(b, h, t, 0) * x.k.get(b, h, t, i); });
+  x.v.fill([&](index_t b, index_t h, index_t t, index_t j) { return beta.get(b, h, t, 0) * v.get(b, h, t, j); });
+}
+
 }   // namespace
 
 TEST_CASE("RWKV-7: what every recurrent mechanism does") { check_everything(rwkv7()); }
@@ -101,6 +114,76 @@ TEST_CASE("RWKV-7: the general rule as KDA, with rate 0 as GLA") {
   for (const How& how : all_forms()) {
     check(as_kda, problem, kda, how);
     check(as_gla, no_rate, gla, how);
+  }
+}
+
+// GDN-2 with b = w = beta: a = alpha * (beta k), b = -k, v -> beta v.
+TEST_CASE("RWKV-7: the general rule as GDN-2 with one strength is KDA") {
+  Mechanism as_kda = general();
+  as_kda.unit_keys = true;
+  Problem problem(as_kda, {.seed = 113, .len = 70, .heads = {2, 2, 2}, .dim_k = 12, .dim_v = 20, .gating = Gating::resets});
+  const Numbers v = problem.v;
+  const auto beta = [&](index_t b, index_t h, index_t t) { return problem.beta.get(b, h, t, 0); };
+  problem.kappa.fill([&](index_t b, index_t h, index_t t, index_t i) {
+    return std::exp(problem.gate.get(b, h, t, i)) * beta(b, h, t) * problem.k.get(b, h, t, i);
+  });
+  problem.rate.fill([&](index_t b, index_t h, index_t t, index_t i) { return -problem.k.get(b, h, t, i); });
+  problem.v.fill([&](index_t b, index_t h, index_t t, index_t j) { return beta(b, h, t) * v.get(b, h, t, j); });
+  as_kda.reference = [&](const Arguments<double>& x) {
+    const Exact values(v);
+    reference::kda(x.q, x.k, values.view(), x.decay, x.beta, x.out, x.options);
+  };
+  const Expected kda = problem.expected(as_kda);
+  for (const How& how : all_forms()) check(as_kda, problem, kda, how);
+}
+
+TEST_CASE("RWKV-7: the general rule as Comba, a gate of -inf is no reset") {
+  constexpr index_t kLast = 36;
+  Mechanism comba = general();
+  comba.unit_keys = true;
+  Problem problem = comba_problem(comba, 0.7);
+  const Numbers v = problem.v;
+  problem.gate.fill([](index_t, index_t, index_t t, index_t) { return t == kLast ? -HUGE_VAL : -0.2; });
+  set_strength(problem, v, problem.beta);
+  for (const How& how : all_forms()) {
+    INFO(describe(how));
+    const Answer before = part_of(comba, problem, 0, kLast, nullptr, how), a = answer_of(comba, problem, how);
+    for (index_t h = 0; h < 2; ++h) {
+      const auto removed = read_of(slice_of(before.state, 1, h), 0, row_of(problem.kappa, h, kLast));
+      for (index_t i = 0; i < 12; ++i) {
+        for (index_t j = 0; j < 20; ++j) {
+          const double written = problem.beta.get(0, h, kLast, 0) * (v.get(0, h, kLast, j) - removed[at(j)]);
+          CHECK(a.state.get(0, h, i, j) == Catch::Approx(problem.k.get(0, h, kLast, i) * written).epsilon(1e-5).margin(1e-5));
+        }
+      }
+    }
+  }
+}
+
+// What the key reads is then v + (alpha - 1) S' k.
+TEST_CASE("RWKV-7: the general rule as Comba, beta 1 overwrites where nothing decays") {
+  constexpr index_t kLast = 36;
+  Mechanism comba = general();
+  comba.unit_keys = true;
+  Problem open = comba_problem(comba, 1);
+  const Numbers v = open.v, ones = Numbers(open.beta.extent()).fill([](auto...) { return 1; });
+  open.q = open.k;
+  set_strength(open, v, ones);
+  Problem decays = open;
+  decays.gate.fill([](auto...) { return std::log(0.75); });
+  Exact halves(v);
+  for (double& x : halves.data()) x *= 0.5;
+  for (const How& how : all_forms()) {
+    INFO(describe(how));
+    CHECK(distance(answer_of(comba, open, how).out, halves, 37) <= kRelativeError);
+    const Answer before = part_of(comba, decays, 0, kLast, nullptr, how), a = answer_of(comba, decays, how);
+    Distance apart;
+    for (index_t h = 0; h < 2; ++h) {
+      const auto stored = read_of(slice_of(before.state, 1, h), 0, row_of(open.k, h, kLast));
+      for (index_t j = 0; j < 20; ++j)
+        apart.see(a.out.get(0, h, kLast, j), 0.5 * (v.get(0, h, kLast, j) - 0.25 * stored[at(j)]));
+    }
+    CHECK(apart.value() <= kRelativeError);
   }
 }
 
