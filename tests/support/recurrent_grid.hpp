@@ -1218,16 +1218,17 @@ inline void check_heads_and_layouts(const Mechanism& mechanism) {
   }
 }
 
-// A NaN or an infinity in one sequence and head: all others keep their bits, also those that work in the same memory after it.
+// NaN or infinity in a few tokens of one sequence and head: all others keep their bits, also those that work in the same memory
+// after it, with chunks of 5 tokens on rows of which the 6th, 7th and 8th may still hold what was there.
 inline void check_not_numbers(const Mechanism& mechanism) {
   using enum RecurrentForm;
   Case batch{.seed = 1450, .batch = 2, .len = 37, .heads = {2, 2, 2}, .dim_k = 12, .dim_v = 20, .placement = Placement::bshd};
   Case ragged = batch;
   batch.layout = StateLayout::v_first;
-  ragged.lengths = {40, 5, 1, 17};
+  ragged.lengths = {37, 5, 1, 17};
   for (const Case& c : {batch, ragged}) {
     const Problem clean(mechanism, c);
-    const index_t end = c.lengths.empty() ? c.len : c.lengths[0], spoiled = 20;   // of sequence 0; in its second chunk
+    const index_t end = 37, head = c.lengths.empty() ? 0 : 1;   // of sequence 0: the task's first head, its last
     for (const How& how : {How{step}, How{fused}, How{chunked, 16}, How{chunked}}) {
       const Answer good = answer_of(mechanism, clean, how);
       const std::vector<Numbers Problem::*> spoils{&Problem::q,           &Problem::k,       &Problem::v,    &Problem::gate,
@@ -1238,8 +1239,13 @@ inline void check_not_numbers(const Mechanism& mechanism) {
         for (const double wrong : {std::nan(""), HUGE_VAL}) {
           Problem bad = clean;
           Numbers& x = bad.*spoils[n];
-          const bool of_tokens = x.extent()[2] == bad.c.len;   // a state's numbers are all of head 0 of sequence 0
-          x.put(0, 0, of_tokens ? spoiled : 0, of_tokens ? x.extent()[3] / 2 : 0, wrong);
+          if (&x == &bad.initial_m) {
+            x.put(0, 0, 0, head, wrong);
+          } else if (&x == &bad.initial_n) {
+            x.put(0, 0, head, 0, wrong);
+          } else {
+            for (const index_t t : {6, 22, 31}) x.put(0, head, &x == &bad.initial ? 0 : t, 0, wrong);
+          }
           const Answer a = answer_of(mechanism, bad, how);
           bool same = true, reached = false;
           const auto see = [&](const Numbers& to, const auto& is_spoiled) {
@@ -1247,16 +1253,16 @@ inline void check_not_numbers(const Mechanism& mechanism) {
             to.each([&](index_t i, index_t j, index_t k, index_t l) {
               const double got = to.get(i, j, k, l);
               if (is_spoiled(i, j, k, l)) {
-                reached = reached || (&to == &a.out && k == spoiled && !std::isfinite(got));
+                reached = reached || (&to == &a.out && k == 22 && !std::isfinite(got));
               } else {
                 same = same && std::bit_cast<std::uint64_t>(got) == std::bit_cast<std::uint64_t>(from.get(i, j, k, l));
               }
             });
           };
-          see(a.out, [&](index_t b, index_t h, index_t t, index_t) { return b == 0 && h == 0 && t < end; });
-          see(a.state, [](index_t s, index_t h, index_t, index_t) { return s == 0 && h == 0; });
-          see(a.n, [](index_t, index_t s, index_t h, index_t) { return s == 0 && h == 0; });
-          see(a.m, [](index_t, index_t, index_t s, index_t h) { return s == 0 && h == 0; });
+          see(a.out, [&](index_t b, index_t h, index_t t, index_t) { return b == 0 && h == head && t < end; });
+          see(a.state, [&](index_t s, index_t h, index_t, index_t) { return s == 0 && h == head; });
+          see(a.n, [&](index_t, index_t s, index_t h, index_t) { return s == 0 && h == head; });
+          see(a.m, [&](index_t, index_t, index_t s, index_t h) { return s == 0 && h == head; });
           INFO(mechanism.name << ": " << describe(bad.c) << ", " << describe(how) << ", " << wrong << " in tensor " << n);
           CHECK(same);
           if (n < 3) CHECK(reached);   // q, k and v, which every mechanism reads
