@@ -278,8 +278,7 @@ TEST_CASE("log-linear: every option with every other", "[grid]") {
                         .batches = {1, 1, 2},
                         .large = 300,
                         .len_of_large = 40};
-  const std::size_t cases = case_limit(60);
-  for (std::size_t n = 0; n < cases; ++n) {
+  for (const std::size_t n : chosen_cases(60)) {
     Random random(9000 + n);
     LevelCase level_case{.kind = kKinds[n % 3]};
     Case c = random_case(random, 9500 + n, range, false);

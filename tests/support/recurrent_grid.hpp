@@ -708,7 +708,13 @@ inline Answer check(const Mechanism& mechanism, const Problem& problem, const Ex
 
 inline std::size_t case_limit(std::size_t all) {
   const char* const text = std::getenv("FOVEA_GRID_CASES");
-  return text == nullptr ? all : std::min(all, at(std::strtol(text, nullptr, 10)));
+  return text == nullptr ? all : std::min(all, at(std::max(std::strtol(text, nullptr, 10), 1l)));
+}
+// The numbers of the cases to run, spread evenly over all.
+inline std::vector<std::size_t> chosen_cases(std::size_t all) {
+  std::vector<std::size_t> chosen(case_limit(all));
+  for (std::size_t n = 0; n < chosen.size(); ++n) chosen[n] = n * all / chosen.size();
+  return chosen;
 }
 
 // ------------------------------------------------------------------------------- what every mechanism must do
@@ -794,8 +800,7 @@ inline void check_grid(const Mechanism& mechanism, std::size_t most = 90) {
                         .large = 2000,
                         .len_of_large = 79};
   const std::vector<How> forms = all_forms();
-  const std::size_t cases = case_limit(most);
-  for (std::size_t n = 0; n < cases; ++n) {
+  for (const std::size_t n : chosen_cases(most)) {
     Random random(7000 + n);
     const Case c = random_case(random, 8000 + n, range, mechanism.positive);
     const Problem problem(mechanism, c);
