@@ -11,12 +11,13 @@ using namespace test;
 
 constexpr index_t kHeads = 4, kKvHeads = 2, kDimQk = 24, kDimV = 40;
 
-// Word i: draft i and its ancestors. Every bit that belongs to no draft is rubbish.
+// Word i: draft i and its ancestors. Every bit that belongs to no draft is rubbish. More queries than bits are no drafts.
 std::vector<std::uint64_t> random_tree(Random& random, index_t len) {
+  if (len > 64) return std::vector<std::uint64_t>(at(len));
   std::vector<std::uint64_t> words;
   for (index_t i = 0; i < len; ++i) {
     const std::uint64_t parent = i == 0 || random.one_in(6) ? 0 : words[at(random.below(i))];
-    words.push_back(parent | (i < 64 ? std::uint64_t{1} << i : 0));
+    words.push_back(parent | std::uint64_t{1} << i);
   }
   const std::uint64_t behind = len >= 64 ? 0 : ~std::uint64_t{0} << len;
   for (std::uint64_t& word : words) word = (word & ~behind) | (random.bits() & behind);
@@ -284,6 +285,21 @@ TEST_CASE("NaN in a draft that a branch does not see leaves no trace", "[tree][p
       }
     }
   }
+}
+
+TEST_CASE("words of more than 64 queries are refused unless they say that there is no tree", "[tree][errors]") {
+  Step step(kFormatPairs[1], 98, {3, 65}, {20, 200});
+  step.words[3 + 7] = 0xff;
+  const Housed paged(step.keys.k, step.keys.v, consecutive(step.keys.len), pages_of(16, 14));
+  Answer answer(Format::f32, 68, kHeads, kDimV);
+  AttentionOptions options = step.with_tree(step.options({Regime::automatic, Panels::f32}));
+  options.lse = answer.lse_view();
+  const fovea::Status status = attend_all(step.q.operand(), paged.kv(), answer.out.result(), options);
+  INFO(status.message());
+  CHECK(status.code() == fovea::Code::unsupported);
+  CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring("sequence 1 has 65"));
+  CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring("word 7 is 0xff"));
+  CHECK(answer.untouched());
 }
 
 TEST_CASE("a tree needs a word per query", "[tree][errors]") {

@@ -38,6 +38,28 @@ inline Status check_shape(const AttentionShape& s) {
   return {};
 }
 
+// A sequence that has more queries than a word has bits, a prompt beside drafts, has no tree: its words say so by 0.
+inline Status check_tree(const AttentionShape& s, const AttentionOptions& o) {
+  if (o.tree.empty()) return {};
+  const index_t queries = s.batch * s.len_q;
+  if (static_cast<index_t>(o.tree.size()) != queries)
+    return invalid("fovea: tree has %zu words for %td queries", o.tree.size(), queries);
+  for (index_t b = 0; b < count_sequences(s, o); ++b) {
+    const auto at = static_cast<std::size_t>(b);
+    const index_t begin = o.cu_len_q.empty() ? b * s.len_q : o.cu_len_q[at];
+    const index_t len_q = o.cu_len_q.empty() ? s.len_q : o.cu_len_q[at + 1] - begin;
+    for (index_t i = 0; len_q > kTreeQueries && i < len_q; ++i) {
+      const std::uint64_t word = o.tree[static_cast<std::size_t>(begin + i)];
+      if (word != 0)
+        return unsupported(
+            "fovea: trees of up to %td queries are supported, sequence %td has %td: its words must be 0 (no tree), word %td is "
+            "%#llx; the mask fovea::tree takes larger trees",
+            kTreeQueries, b, len_q, i, static_cast<unsigned long long>(word));
+    }
+  }
+  return {};
+}
+
 inline Status check_tables(const AttentionShape& s, const AttentionOptions& o) {
   if (o.cu_len_q.empty() && !o.cu_len_k.empty())
     return invalid("fovea: cu_len_k (%zu entries) needs cu_len_q, which has none", o.cu_len_k.size());
@@ -68,9 +90,7 @@ inline Status check_tables(const AttentionShape& s, const AttentionOptions& o) {
   }
   if (!o.alibi_slopes.empty() && static_cast<index_t>(o.alibi_slopes.size()) != s.q_heads)
     return invalid("fovea: alibi_slopes has %zu entries for %td q heads", o.alibi_slopes.size(), s.q_heads);
-  const index_t queries = s.batch * s.len_q;
-  if (!o.tree.empty() && static_cast<index_t>(o.tree.size()) != queries)
-    return invalid("fovea: tree has %zu words for %td queries", o.tree.size(), queries);
+  if (Status status = check_tree(s, o); !status.ok()) return status;
   if (!o.sink.empty() && static_cast<index_t>(o.sink.size()) != s.q_heads)
     return invalid("fovea: sink has %zu entries for %td q heads", o.sink.size(), s.q_heads);
   return {};

@@ -39,7 +39,8 @@ struct AttentionOptions {
 
   std::span<const std::uint64_t> tree = {};   // [batch * len_q]  draft trees: the last len_q keys of a sequence are its own
                                               //                 queries, and query i sees bit j of its word, not key j < i.
-                                              //                 Sequences of more than 64 queries ignore their words
+                                              //                 Sequences of more than 64 queries have no tree, their
+                                              //                 words are 0; the mask fovea::tree takes larger trees
 
   View<float, 3> lse = {};                    // [batch, q_head, pos]  natural-log LSE output, optional; includes the sink
 

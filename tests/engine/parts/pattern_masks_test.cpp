@@ -168,6 +168,43 @@ std::vector<std::int32_t> ids_of_documents() {   // [2, 70]: mixed up, with padd
   return ids;
 }
 
+// Draft trees of two sequences, each draft a child of an earlier one or of the prefix: seen[sequence][draft][draft], and the same
+// in words, whose bits of no draft are rubbish.
+struct Drafts {
+  index_t count, per_draft;   // words
+  std::vector<index_t> prefix;
+  std::vector<std::uint8_t> seen;
+  std::vector<std::uint64_t> words;
+
+  Drafts(std::uint64_t seed, index_t drafts, std::vector<index_t> first)
+      : count(drafts), per_draft((drafts + 63) / 64), prefix(std::move(first)) {
+    test::Random random(seed);
+    seen.resize(static_cast<std::size_t>(2 * count * count));
+    for (index_t s = 0; s < 2; ++s) {
+      for (index_t i = 0; i < count; ++i) {
+        const index_t parent = i == 0 || random.one_in(9) ? -1 : std::max<index_t>(i - 1 - random.below(4), 0);
+        for (index_t j = 0; parent >= 0 && j < i; ++j) at(s, i, j) = at(s, parent, j);
+        at(s, i, i) = 1;
+        std::vector<std::uint64_t> row(static_cast<std::size_t>(per_draft), 0);
+        for (index_t j = 0; j < 64 * per_draft; ++j) {
+          const bool bit = j < count ? at(s, i, j) != 0 : random.one_in(2);
+          row[static_cast<std::size_t>(j / 64)] |= static_cast<std::uint64_t>(bit) << j % 64;
+        }
+        words.insert(words.end(), row.begin(), row.end());
+      }
+    }
+  }
+  std::uint8_t& at(index_t s, index_t i, index_t j) { return seen[static_cast<std::size_t>((s * count + i) * count + j)]; }
+  bool sees(index_t s, index_t q, index_t k) const {
+    const index_t i = q - prefix[static_cast<std::size_t>(s)], j = k - prefix[static_cast<std::size_t>(s)];
+    if (j < 0) return true;
+    return i >= 0 && i < count && j < count && seen[static_cast<std::size_t>((s * count + i) * count + j)] != 0;
+  }
+  Pattern<DraftTree> mask() const {
+    return tree({words.data(), {2, count, per_draft}, {count * per_draft, per_draft, 1}}, prefix);
+  }
+};
+
 }   // namespace
 
 TEST_CASE("documents, by borders and by number, pair by pair", "[masks]") {
@@ -234,6 +271,45 @@ TEST_CASE("compositions of patterns, pair by pair", "[masks]") {
       [](index_t q, index_t k) { return ((q + 800) / 8 == (k + 800) / 8 && same_document(0, q, k)) || k < 1 || k >= q; });
 }
 
+TEST_CASE("draft trees, pair by pair", "[masks]") {
+  for (const auto& [drafts, first] : {std::pair{1, 20}, std::pair{12, 0}, std::pair{63, 3}, std::pair{64, 17}, std::pair{65, 9},
+                                      std::pair{200, 5}, std::pair{40, 200}, std::pair{0, 30}}) {
+    const Drafts x(static_cast<std::uint64_t>(drafts), drafts, {first, 11});
+    INFO(drafts << " drafts from " << first);
+    for (const int s : {0, 1})
+      check_policy(
+          "tree", x.mask(), [&x, s](index_t q, index_t k) { return x.sees(s, q, k); }, s);
+    if (drafts != 65) continue;
+    // One tree and one prefix for all; no tree for a sequence behind the last; words apart.
+    const std::span<const index_t> one = std::span(x.prefix).first(1);
+    const View<const std::uint64_t, 3> shared{x.words.data(), {1, drafts, x.per_draft}, {0, x.per_draft, 1}};
+    check_policy(
+        "a tree for all", tree(shared, one), [&x](index_t q, index_t k) { return x.sees(0, q, k); }, 5);
+    check_policy(
+        "no tree", tree(x.mask().rule.words, x.prefix), [](index_t, index_t k) { return k < 0; }, 2);
+    std::vector<std::uint64_t> apart(3 * x.words.size(), ~std::uint64_t{0});
+    for (std::size_t n = 0; n < x.words.size(); ++n) apart[3 * n] = x.words[n];
+    const index_t row = 3 * x.per_draft;
+    const View<const std::uint64_t, 3> spread{apart.data(), {2, drafts, x.per_draft}, {drafts * row, row, 3}};
+    check_policy(
+        "words apart", tree(spread, x.prefix), [&x](index_t q, index_t k) { return x.sees(1, q, k); }, 1);
+  }
+  const Drafts x(3, 40, {20, 20});
+  check_policy("a tree in a band", Both{band(15, 0), x.mask()},
+               [&x](index_t q, index_t k) { return k <= q && q - k <= 15 && x.sees(0, q, k); });
+  check_policy("a tree beside first tokens", Either{x.mask(), sink_window(25, 2)},
+               [&x](index_t q, index_t k) { return k < 25 || q - k <= 2 || x.sees(0, q, k); });
+
+  const std::vector<std::uint64_t> words(9);
+  const auto refusal = [&](std::array<index_t, 3> extent, std::span<const index_t> prefix) {
+    return std::string(tree({words.data(), extent, {0, 0, 0}}, prefix).check({}).message());
+  };
+  CHECK(refusal({1, 64, 1}, x.prefix).empty());
+  CHECK_THAT(refusal({1, 65, 1}, x.prefix), Catch::Matchers::ContainsSubstring("1 words of 64 bits for each of 65 drafts"));
+  CHECK_THAT(refusal({1, 64, 1}, {}), Catch::Matchers::ContainsSubstring("0 prefixes"));
+  CHECK_FALSE(refusal({0, 64, 1}, x.prefix).empty());
+}
+
 TEST_CASE("quotients without a division", "[masks]") {
   for (const index_t by : {1, 2, 3, 5, 7, 12, 64, 100, 128, 641, 65535, 65537, 1 << 30, INT32_MAX - 1, INT32_MAX}) {
     const Divisor divisor(by);
@@ -292,6 +368,9 @@ TEST_CASE("patterns of several sequences, at shifted positions", "[masks]") {
           return id(q) >= 0 && id(q) == id(k);
         },
         x, options);
+    const Drafts drafts(78, 30, {20, 29});
+    check_attention(
+        "tree", drafts.mask(), [&](index_t s, index_t q, index_t k) { return drafts.sees(s, q, k); }, x, options);
   }
 }
 
@@ -311,6 +390,35 @@ TEST_CASE("patterns that say what options say give their bits", "[masks][bits]")
     CHECK(test::same_bits(attend(x, full, band(20, 20)), test::attend(x, window)));
     const AttentionOptions left{.causal = Causal::top_left, .window = {.left = 20}, .regime = regime};
     CHECK(test::same_bits(attend(x, causal, sink_window(0, 20)), test::attend(x, left)));
+  }
+}
+
+TEST_CASE("a tree as a mask has the bits of the option's", "[masks][bits]") {
+  const Drafts drafts(79, 40, {230, 230});
+  const Dense x(80, 2, 4, 2, 40, 270, 16, 16);
+  for (const Regime regime : {Regime::prefill, Regime::decode, Regime::wide_decode}) {
+    for (const Causal causal : {Causal::bottom_right, Causal::none}) {
+      INFO("regime " << static_cast<int>(regime) << ", causal " << static_cast<int>(causal));
+      AttentionOptions options{.causal = causal, .q_offset = drafts.prefix, .regime = regime};
+      AttentionOptions by_option = options;
+      by_option.tree = drafts.words;
+      const test::Result masked = attend(x, options, drafts.mask());
+      CHECK(test::same_bits(masked, test::attend(x, by_option)));
+      CHECK_FALSE(test::same_bits(masked, test::attend(x, options)));
+    }
+  }
+  // More drafts than a word has bits: a chain of 130 is causal.
+  const std::vector<index_t> prefix{140};
+  std::vector<std::uint64_t> chain;
+  for (index_t i = 0; i < 130; ++i) {
+    for (index_t j = 0; j < 3; ++j)
+      chain.push_back(i >= 64 * j + 63 ? ~std::uint64_t{0} : i < 64 * j ? 0 : (std::uint64_t{2} << (i - 64 * j)) - 1);
+  }
+  const Dense y(81, 1, 4, 2, 130, 270, 16, 16);
+  for (const Regime regime : test::kBothRegimes) {
+    AttentionOptions options{.q_offset = prefix, .regime = regime}, causal = options;
+    causal.causal = Causal::bottom_right;
+    CHECK(test::same_bits(attend(y, options, tree({chain.data(), {1, 130, 3}, {0, 3, 1}}, prefix)), test::attend(y, causal)));
   }
 }
 

@@ -57,7 +57,9 @@ struct Band {
 };
 
 // Draft trees: the last len_q keys of a sequence are the keys of its own queries, and query i sees those whose bit is set in its
-// word; all earlier keys are visible. Sequences of more than 64 queries have no tree.
+// word; all earlier keys are visible. Sequences of more than kTreeQueries queries have no tree.
+inline constexpr index_t kTreeQueries = 64;
+
 struct Tree {
   const std::uint64_t* words;   // [query of the call], null without trees
   const Sequence* sequences;    // [sequence]
@@ -78,14 +80,14 @@ struct Tree {
   };
   FOVEA_INLINE Lane at(const Row& row) const {
     const Sequence& sequence = sequences[row.sequence];
-    const bool whole = words == nullptr || sequence.len_q > 64;
+    const bool whole = words == nullptr || sequence.len_q > kTreeQueries;
     const index_t query = sequence.batch * sequence.len_q + sequence.q_begin + row.q_index;
     return {whole ? 0 : words[query], sequence.len_k - sequence.len_q, whole};
   }
   FOVEA_INLINE KeyRange hull(std::span<const Row>) const { return {0, PTRDIFF_MAX}; }
   FOVEA_INLINE Cover cover(const Tile& tile) const {
     const Sequence& sequence = sequences[tile.rows.front().sequence];
-    const bool whole = words == nullptr || sequence.len_q > 64 || tile.k_end <= sequence.len_k - sequence.len_q;
+    const bool whole = words == nullptr || sequence.len_q > kTreeQueries || tile.k_end <= sequence.len_k - sequence.len_q;
     return whole ? Cover::full : Cover::partial;
   }
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Masks with a formula: packed documents, prefix-LM, chunks, dilation, global tokens, first tokens plus window. A Rule
-// states one over intervals of positions, so that hull and cover cost a few comparisons whatever the tile; Pattern makes a
+// Masks with a formula: packed documents, prefix-LM, chunks, dilation, global tokens, first tokens plus window, draft trees. A
+// Rule states one over intervals of positions, so that hull and cover cost a few comparisons whatever the tile; Pattern makes a
 // mask policy of it. Positions are absolute, those of core/attention_options.hpp, and causality and windows come from the
 // options. All but DocumentIds answer cover exactly.
 //
@@ -335,6 +335,93 @@ struct SinkWindow {
   bool keeps(int, index_t q, index_t k) const { return k < sinks || k >= q - left; }
 };
 
+// Draft trees of any size: the positions before the prefix are seen by all, draft i stands at position prefix + i and sees draft
+// j if bit j % 64 of its word j / 64 is set. What is no draft sees the prefix alone; bits of no draft are not read. Numbers of
+// drafts may differ: words of 0 fill up. cover reads the bits of the tile's drafts, a word for 64 pairs.
+struct DraftTree {
+  static constexpr bool kExact = true;
+  View<const std::uint64_t, 3> words;   // [sequence | 1, draft, word]
+  std::span<const index_t> prefix;      // [sequence | 1]
+
+  // A draft's bits; null for what is no draft.
+  struct Bits {
+    const std::uint64_t* words;
+    index_t stride, drafts;
+
+    FOVEA_INLINE std::uint64_t word(index_t n) const {
+      const index_t left = drafts - 64 * n;
+      if (words == nullptr || left <= 0) return 0;
+      return left < 64 ? words[n * stride] & ((std::uint64_t{1} << left) - 1) : words[n * stride];
+    }
+    // Of the drafts j .. j + 63, j >= 0.
+    FOVEA_INLINE std::uint64_t from(index_t j) const {
+      const index_t shift = j % 64;
+      return shift == 0 ? word(j / 64) : word(j / 64) >> shift | word(j / 64 + 1) << (64 - shift);
+    }
+  };
+  struct Lane {
+    Bits bits;
+    index_t prefix;
+    FOVEA_INLINE keep_t operator()(i32 pos) const {
+      const index_t at = first_lane(pos) - prefix;
+      if (at <= -kLanes) return f32(0.f) == f32(0.f);
+      const std::uint64_t seen = at >= 0 ? bits.from(at) : bits.from(0) << -at | ((std::uint64_t{1} << -at) - 1);
+      alignas(i32) std::int32_t lanes[kLanes];
+      for (index_t i = 0; i < kLanes; ++i) lanes[i] = static_cast<std::int32_t>(seen >> i & 1);
+      return as_keep(i32::load_aligned(lanes) != i32(0));
+    }
+  };
+
+  Status check() const {
+    const auto& [sequences, drafts, count] = words.extent;
+    if (sequences >= 1 && drafts >= 0 && count >= (drafts + 63) / 64 && !prefix.empty()) return {};
+    return Status::error(Code::invalid_argument,
+                         "fovea: trees of %td sequences with %zu prefixes have %td words of 64 bits for each of %td drafts",
+                         sequences, prefix.size(), count, drafts);
+  }
+  FOVEA_INLINE KeyRange keys(int sequence, Positions q) const {
+    const index_t first = of(sequence), end = first + words.extent[1];
+    return {0, q.last >= first && q.first < end ? end : first};
+  }
+  FOVEA_INLINE Cover cover(int sequence, Positions q, Positions k) const {
+    const index_t first = of(sequence), end = first + words.extent[1];
+    if (k.last < first) return Cover::full;
+    bool some = k.first < first, every = q.first >= first && q.last < end && k.last < end;
+    const index_t begin = std::max(k.first, first) - first, last = std::min(k.last, end - 1) - first;
+    for (index_t pos = std::max(q.first, first); pos <= std::min(q.last, end - 1); ++pos) {
+      const Bits bits = bits_of(sequence, pos);
+      for (index_t j = begin; j <= last; j += 64) {
+        const std::uint64_t asked = last - j < 63 ? (std::uint64_t{2} << (last - j)) - 1 : ~std::uint64_t{0};
+        const std::uint64_t seen = bits.from(j) & asked;
+        some = some || seen != 0;
+        every = every && seen == asked;
+        if (some && !every) return Cover::partial;
+      }
+    }
+    return !some ? Cover::skip : every ? Cover::full : Cover::partial;
+  }
+  FOVEA_INLINE Lane at(int sequence, index_t pos) const { return {bits_of(sequence, pos), of(sequence)}; }
+  bool keeps(int sequence, index_t q, index_t k) const {
+    const index_t i = q - of(sequence), j = k - of(sequence), drafts = words.extent[1];
+    if (j < 0) return true;
+    if (i < 0 || i >= drafts || j >= drafts || !has(sequence)) return false;
+    return (words(words.extent[0] == 1 ? 0 : sequence, i, j / 64) >> j % 64 & 1) != 0;
+  }
+
+ private:
+  FOVEA_INLINE index_t of(int sequence) const {
+    const auto s = static_cast<std::size_t>(sequence);
+    return prefix.size() == 1 ? prefix[0] : s < prefix.size() ? prefix[s] : 0;
+  }
+  FOVEA_INLINE bool has(int sequence) const { return words.extent[0] == 1 || sequence < words.extent[0]; }
+  FOVEA_INLINE Bits bits_of(int sequence, index_t pos) const {
+    const index_t draft = pos - of(sequence);
+    if (draft < 0 || draft >= words.extent[1] || !has(sequence)) return {nullptr, 0, 0};
+    return {words.data + (words.extent[0] == 1 ? 0 : sequence * words.stride[0]) + draft * words.stride[1], words.stride[2],
+            words.extent[1]};
+  }
+};
+
 inline Pattern<DocumentBorders> documents(std::span<const index_t> borders, std::span<const index_t> first = {}) {
   return {{borders, first}};
 }
@@ -349,6 +436,11 @@ inline Pattern<Dilation> dilated(index_t step, index_t reach = -1) {
 inline Pattern<GlobalTokens> global_tokens(index_t count) { return {{std::clamp<index_t>(count, 0, INT32_MAX)}}; }
 inline Pattern<SinkWindow> sink_window(index_t sinks, index_t left) {
   return {{std::clamp<index_t>(sinks, 0, INT32_MAX), std::clamp<index_t>(left, 0, kUnbounded)}};
+}
+// words [sequence | 1, draft, word], prefix [sequence | 1]. The position of a sequence's query 0 is its prefix where the call holds
+// the drafts alone: q_offset, or Causal::bottom_right if the drafts' keys come last.
+inline Pattern<DraftTree> tree(View<const std::uint64_t, 3> words, std::span<const index_t> prefix) {
+  return {{words, prefix}};
 }
 // The window of the options as a mask, to be an operand of Either; negative distances are unbounded.
 constexpr Band band(index_t left, index_t right) {
