@@ -4,6 +4,7 @@
 #include "fovea/engine/parts/block_mask.hpp"
 
 #include "any_mask.hpp"
+#include "fovea/mechanisms/entmax.hpp"
 #include "support/dense.hpp"
 #include "support/executors.hpp"
 
@@ -171,6 +172,46 @@ test::Result attend(const Dense& x, const AttentionOptions& options, const M& ma
   return attend(x, options, test::AnyMask(mask), lanes);
 }
 
+// Whole blocks of keys are dead, partly visible or visible, others in each sequence. Lanes in the other two lie: in a dead block they
+// keep everything, in a full one nothing.
+struct Striped {
+  static constexpr index_t kBlock = 256;   // a key tile never holds keys of two
+  struct Asked {
+    index_t dead = 0, full = 0, partial = 0;   // covers
+    index_t lanes = 0, wrong_lanes = 0;        // in partial blocks, elsewhere
+  };
+  Asked* asked;
+
+  static Cover block(index_t sequence, index_t k) {
+    return std::array{Cover::skip, Cover::full, Cover::partial}[static_cast<std::size_t>((k / kBlock + sequence) % 3)];
+  }
+  static bool sees(index_t sequence, index_t q, index_t k) {
+    const Cover cover = block(sequence, k);
+    return cover == Cover::full || (cover == Cover::partial && (q + k) % 3 != 0);
+  }
+
+  struct Lane {
+    const Striped* mask;
+    Row row;
+    keep_t operator()(i32 pos) const {
+      const index_t first = first_lane(pos);
+      const Cover cover = block(row.sequence, first);
+      ++(cover == Cover::partial ? mask->asked->lanes : mask->asked->wrong_lanes);
+      alignas(f32) float keep[kLanes];
+      for (index_t i = 0; i < kLanes; ++i)
+        keep[i] = cover == Cover::partial ? sees(row.sequence, row.pos, first + i) : cover == Cover::skip;
+      return f32::load_aligned(keep) != f32(0.f);
+    }
+  };
+  Lane at(const Row& row) const { return {this, row}; }
+  KeyRange hull(std::span<const Row>) const { return {0, PTRDIFF_MAX}; }
+  Cover cover(const Tile& tile) const {
+    const Cover cover = block(tile.rows.front().sequence, tile.k_begin);
+    ++(cover == Cover::skip ? asked->dead : cover == Cover::full ? asked->full : asked->partial);
+    return cover;
+  }
+};
+
 template <class M, class Sees>
 void check_attention(const M& mask, const Sees& sees, Dense x, index_t first) {
   const Written bytes = written(x, first, sees);
@@ -233,6 +274,10 @@ TEST_CASE("formulas build what their pairs build", "[masks]") {
   check(chunks(24));
   check(dilated(3, 50));
   check(sink_window(4, 30));
+  test::Random random(17);
+  std::vector<std::uint64_t> words(2 * 70 * 2);   // not random alone: blocks of pairs all seen and all unseen among them
+  for (std::size_t n = 0; n < words.size(); ++n) words[n] = n % 3 == 0 ? ~std::uint64_t{0} : n % 3 == 1 ? 0 : random.bits();
+  check(tree({words.data(), {2, 70, 2}, {140, 2, 1}}, prefix));
   check(Both{band(-1, 0), documents(borders, first)});
   check(Either{Both{band(16, 0), chunks(32)}, global_tokens(5)});
 }
@@ -260,6 +305,43 @@ TEST_CASE("full blocks never ask the function, empty ones neither", "[masks]") {
     const Cover block = truth.block(b, h, q / s.q_block, k / s.k_block);   // checked against counting above
     return block == Cover::full || (block == Cover::partial && !knotted(b, h, q, k));
   });
+}
+
+TEST_CASE("attention reads no dead tile and asks no lane of a full one, online and whole rows", "[masks][poison]") {
+  const auto whole_rows = [](const Dense& x, const AttentionOptions& options, const test::AnyMask& mask) {
+    test::Result r = test::unwritten(x.q.view(), x.v.view());
+    const auto entmax = variant().with_normalizer(EntmaxNormalizer<Entmax15Power>{}).with_mask(mask);
+    const Status status = attention(x.q.view(), x.k.view(), x.v.view(), r.out.view(), options, entmax);
+    INFO(status.message());
+    REQUIRE(status.ok());
+    return r;
+  };
+  for (const index_t dim : {16, 170}) {   // key tiles of 256 and of 128
+    const Dense x(18, 2, 4, 2, 14, 5 * Striped::kBlock + 40, dim, 8);
+    const Written bytes =
+        written(x, 0, [](index_t b, index_t, index_t q, index_t k) { return Striped::sees(b, q, k); });
+    const StoredMask stored{bytes.view, {}};
+    Dense dirty = x;
+    poison(dirty, bytes);
+    AttentionOptions options;
+    options.keep = bytes.view;
+    const test::Expected expected = test::expect(x.q.view(), x.k.view(), x.v.view(), options);
+    options.keep = {};
+    for (const Regime regime : test::kRegimes) {
+      INFO("dim " << dim << ", regime " << static_cast<int>(regime));
+      options.regime = regime;
+      Striped::Asked online, whole;
+      const test::Result one = attend(dirty, options, Striped{&online});
+      CHECK(test::distance(one, expected) <= 1);
+      CHECK(test::same_bits(one, attend(x, options, stored)));
+      CHECK(test::same_bits(whole_rows(dirty, options, test::AnyMask(Striped{&whole})),
+                            whole_rows(x, options, test::AnyMask(stored))));
+      for (const Striped::Asked& asked : {online, whole}) {
+        CHECK(asked.wrong_lanes == 0);
+        CHECK(std::min({asked.dead, asked.full, asked.partial, asked.lanes}) > 0);
+      }
+    }
+  }
 }
 
 TEST_CASE("attention behind a block mask meets the double reference", "[masks]") {
