@@ -208,6 +208,11 @@ TEST_CASE("with_options adds what the options say", "[variant]") {
   options.bias = {bias.data(), {1, 1, 33, 90}, {0, 0, 90, 1}};
   options.keep = {keep.data(), {1, 1, 33, 90}, {0, 0, 90, 1}};
   options.sink = sink;
+  const AttentionOptions without_tree = options;
+  std::vector<std::uint64_t> words(33);
+  for (std::uint64_t& word : words) word = random.bits();
+  options.tree = words;
+  CHECK_FALSE(test::same_bits(test::attend(x, options), test::attend(x, without_tree)));
   for (const Regime regime : {Regime::prefill, Regime::decode}) {
     options.regime = regime;
     CHECK(test::same_bits(attend_variant(x, options, variant().with_options()), test::attend(x, options)));
@@ -231,13 +236,16 @@ TEST_CASE("what a variant cannot serve is refused before anything is written", "
     CHECK(test::same_bits(r, before));
     CHECK(supports({1, 2, 2, 5, 9, 8, 8}, options, v).code() == code);
   };
-  AttentionOptions softcap, alibi, sink, lse;
+  AttentionOptions softcap, alibi, sink, tree, lse;
   softcap.softcap = 3.f;
   alibi.alibi_slopes = numbers;
   sink.sink = numbers;
   std::vector<float> sums(10);
   lse.lse = {sums.data(), {1, 2, 5}, {10, 5, 1}};
+  const std::array<std::uint64_t, 5> words{1, 3, 7, 15, 31};
+  tree.tree = words;
   refused(softcap, variant(), Code::unsupported, "softcap (3)");
+  refused(tree, variant(), Code::unsupported, "tree out");
   refused(alibi, variant(), Code::unsupported, "with_options()");
   refused(sink, variant().with_normalizer(Relu{}), Code::unsupported, "a sink (2 logits)");
   refused(lse, variant().with_normalizer(Relu{}), Code::unsupported, "no LSE");
