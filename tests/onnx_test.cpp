@@ -868,6 +868,55 @@ Files window_files() {
   return files;
 }
 
+// What was written to a stream that ends with this.
+struct Printed {
+  std::vector<std::string> lines;
+  int status;
+};
+
+// A folder of cases on disk, gone with its owner.
+struct Folder {
+  std::filesystem::path path;
+
+  Folder() {
+    std::string name = (std::filesystem::temp_directory_path() / "fovea_onnx_XXXXXX").string();
+    REQUIRE(mkdtemp(name.data()) != nullptr);
+    path = name;
+  }
+  ~Folder() { std::filesystem::remove_all(path); }
+  Folder(const Folder&) = delete;
+  Folder& operator=(const Folder&) = delete;
+
+  void write(const std::string& name, const Files& files) const {
+    const std::filesystem::path data = path / name / "test_data_set_0";
+    std::filesystem::create_directories(data);
+    const auto put = [](const std::filesystem::path& to, const std::string& bytes) {
+      std::ofstream(to, std::ios::binary) << bytes;
+    };
+    put(path / name / "model.onnx", files.model);
+    for (std::size_t n = 0; n < files.inputs.size(); ++n) put(data / ("input_" + std::to_string(n) + ".pb"), files.inputs[n]);
+    for (std::size_t n = 0; n < files.outputs.size(); ++n) put(data / ("output_" + std::to_string(n) + ".pb"), files.outputs[n]);
+  }
+  Printed run(const std::string& name) const {
+    std::FILE* const stream = std::tmpfile();
+    REQUIRE(stream != nullptr);
+    Printed printed{{}, onnx_tool::run_folder(path / name, stream, stream)};
+    std::rewind(stream);
+    std::string line;
+    for (int c = std::fgetc(stream); c != EOF; c = std::fgetc(stream)) {
+      if (c != '\n') {
+        line += static_cast<char>(c);
+      } else {
+        printed.lines.push_back(line);
+        line.clear();
+      }
+    }
+    CHECK(line.empty());
+    std::fclose(stream);
+    return printed;
+  }
+};
+
 }   // namespace
 
 TEST_CASE("ONNX files: a case written, read and run", "[onnx][files]") {
@@ -912,6 +961,46 @@ TEST_CASE("ONNX files: a case written, read and run", "[onnx][files]") {
       model_file(graph_of(std::vector<Message>(100, node_of("Add", {"Q", "K"}, {"Y"})), {"Q", "K", "V"}, {"Y"}), 25);
   CHECK(expanded.run().verdict == Verdict::unsupported);
   CHECK(expanded.run().reason == "a graph of 100 nodes");
+}
+
+TEST_CASE("ONNX files: a folder's last line and exit status", "[onnx][files]") {
+  const Folder folder;
+  const Files good = window_files();
+  Files spoiled = good, foreign = good;
+  spoiled.outputs[0] = tensor_file("Y", listed(OnnxType::f32, {1, 1, 5, 1}, {1, 1.5, 2.5, 3.01, 3.5}));
+  foreign.model = model_file(graph_of({node_of("Softmax", {"Q"}, {"Y"})}, {"Q", "K", "V"}, {"Y"}), 25);
+  folder.write("a_good", good);
+  folder.write("b_spoiled", spoiled);
+  folder.write("c_foreign", foreign);
+
+  const Printed all = folder.run("");
+  REQUIRE(all.lines.size() == 4);
+  CHECK(all.lines[0] == "passed       a_good  (largest error 0.0e+00)");
+  CHECK_THAT(all.lines[1], ContainsSubstring("failed       b_spoiled: output Y differs at element 3: 3, expected 3.0"));
+  CHECK(all.lines[2] == "unsupported  c_foreign: operator Softmax");
+  CHECK(all.lines[3] == "1 passed, 1 failed, 1 unsupported");
+  CHECK(all.status == 1);
+
+  // A folder that is a case, with a slash behind it or without; a case without data does not pass.
+  for (const char* const name : {"b_spoiled", "b_spoiled/"}) {
+    CHECK(folder.run(name).lines.back() == "0 passed, 1 failed, 0 unsupported");
+    CHECK(folder.run(name).status == 1);
+  }
+  std::filesystem::remove_all(folder.path / "b_spoiled" / "test_data_set_0");
+  CHECK_THAT(folder.run("b_spoiled").lines[0], ContainsSubstring("no test_data_set_<n>"));
+  CHECK(folder.run("b_spoiled").status == 1);
+
+  std::filesystem::remove_all(folder.path / "b_spoiled");
+  CHECK(folder.run("").lines.back() == "1 passed, 0 failed, 1 unsupported");
+  CHECK(folder.run("").status == 0);
+
+  for (const char* const name : {"a_good", "c_foreign"}) std::filesystem::remove_all(folder.path / name);
+  for (const char* const name : {"", "nowhere"}) {
+    const Printed none = folder.run(name);
+    CHECK(none.status == 2);
+    REQUIRE(none.lines.size() == 1);
+    CHECK_THAT(none.lines[0], ContainsSubstring("is no folder of cases"));
+  }
 }
 
 TEST_CASE("ONNX files: score_mod graphs are read by meaning", "[onnx][files]") {

@@ -426,4 +426,32 @@ inline Outcome run_case(const std::filesystem::path& directory) {
   return all;
 }
 
+// What fovea_onnx does: one line per case of a folder, or of the case that the folder is, and their counts in the last. The exit
+// status: 0 if none failed, 1 if some did, 2 where there is no case.
+inline int run_folder(const std::filesystem::path& directory, std::FILE* lines, std::FILE* problems) {
+  std::filesystem::path root = std::filesystem::absolute(directory).lexically_normal();
+  if (!root.has_filename()) root = root.parent_path();   // "cases/"
+  std::vector<std::filesystem::path> cases = folders(root, "");
+  if (is_case(root)) cases = {root};
+  if (cases.empty()) {
+    std::fprintf(problems, "fovea_onnx: %s is no folder of cases\n", directory.string().c_str());
+    return 2;
+  }
+  constexpr const char* kWords[] = {"passed", "failed", "unsupported"};
+  int counts[] = {0, 0, 0};
+  for (const std::filesystem::path& one : cases) {
+    const Outcome outcome = run_case(one);
+    const auto verdict = static_cast<std::size_t>(outcome.verdict);
+    ++counts[verdict];
+    const std::string name = one.filename().string();
+    if (outcome.verdict == Verdict::passed) {
+      std::fprintf(lines, "%-12s %s  (largest error %.1e)\n", kWords[verdict], name.c_str(), outcome.worst);
+    } else {
+      std::fprintf(lines, "%-12s %s: %s\n", kWords[verdict], name.c_str(), outcome.reason.c_str());
+    }
+  }
+  std::fprintf(lines, "%d passed, %d failed, %d unsupported\n", counts[0], counts[1], counts[2]);
+  return counts[1] == 0 ? 0 : 1;
+}
+
 }   // namespace onnx_tool
