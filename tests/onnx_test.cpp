@@ -15,6 +15,7 @@
 #include "catch_compat.hpp"
 #include "fovea/onnx.hpp"
 #include "support/executors.hpp"
+#include "support/onnx_message.hpp"
 #include "support/onnx_numbers.hpp"
 #include "support/random.hpp"
 
@@ -769,74 +770,6 @@ TEST_CASE("ONNX backend node tests of a folder", "[onnx]") {
 
 namespace {
 
-// The other direction of tools/onnx/protobuf_reader.hpp, as little of it as a test needs.
-struct Message {
-  std::string bytes;
-
-  void varint(std::uint64_t value) {
-    for (; value >= 128; value >>= 7) bytes += static_cast<char>(value | 128);
-    bytes += static_cast<char>(value);
-  }
-  Message& integer(unsigned field, std::int64_t value) {
-    varint(field << 3);
-    varint(static_cast<std::uint64_t>(value));
-    return *this;
-  }
-  Message& text(unsigned field, const std::string& value) {
-    varint(field << 3 | 2);
-    varint(value.size());
-    bytes += value;
-    return *this;
-  }
-  Message& message(unsigned field, const Message& value) { return text(field, value.bytes); }
-  Message& real(unsigned field, float value) {
-    varint(field << 3 | 5);
-    bytes.append(reinterpret_cast<const char*>(&value), 4);
-    return *this;
-  }
-};
-
-onnx_tool::Bytes view(const std::string& bytes) { return {reinterpret_cast<const std::byte*>(bytes.data()), bytes.size()}; }
-
-// raw_data stands last, so that a file that was cut misses some of it.
-std::string tensor_file(const std::string& name, const Numbers& numbers) {
-  Message tensor;
-  for (const std::int64_t extent : numbers.shape) tensor.integer(1, extent);
-  tensor.integer(2, static_cast<int>(numbers.type)).text(8, name);
-  tensor.text(9, std::string(reinterpret_cast<const char*>(numbers.bytes.data()), numbers.bytes.size()));
-  return tensor.bytes;
-}
-
-Message attribute(const std::string& name, std::int64_t value) { return Message{}.text(1, name).integer(3, value); }
-Message attribute(const std::string& name, const Message& graph) { return Message{}.text(1, name).message(6, graph); }
-Message attribute_text(const std::string& name, const std::string& text) { return Message{}.text(1, name).text(4, text); }
-
-Message node_of(const std::string& op, std::initializer_list<const char*> inputs, std::initializer_list<const char*> outputs,
-                const std::vector<Message>& attributes = {}, const std::string& domain = {}) {
-  Message node;
-  for (const char* const name : inputs) node.text(1, name);
-  for (const char* const name : outputs) node.text(2, name);
-  node.text(4, op);
-  for (const Message& one : attributes) node.message(5, one);
-  if (!domain.empty()) node.text(7, domain);
-  return node;
-}
-
-Message graph_of(const std::vector<Message>& nodes, std::initializer_list<const char*> inputs,
-                 std::initializer_list<const char*> outputs, const std::vector<std::string>& initializers = {}) {
-  Message graph;
-  for (const Message& node : nodes) graph.message(1, node);
-  for (const std::string& tensor : initializers) graph.text(5, tensor);
-  for (const char* const name : inputs) graph.message(11, Message{}.text(1, name));
-  for (const char* const name : outputs) graph.message(12, Message{}.text(1, name));
-  return graph;
-}
-
-// The opset import stands last: every shorter file has none, or a graph that was cut.
-std::string model_file(const Message& graph, std::int64_t opset, const std::string& domain = {}) {
-  return Message{}.integer(1, 10).message(7, graph).message(8, Message{}.text(1, domain).integer(2, opset)).bytes;
-}
-
 onnx_tool::Outcome run_files(const std::string& model, const std::vector<std::string>& inputs,
                              const std::vector<std::string>& outputs) {
   onnx_tool::Ready ready;
@@ -1120,59 +1053,4 @@ TEST_CASE("ONNX files with random bytes give a verdict and a reason", "[onnx][fi
   }
   CHECK(counts[static_cast<int>(Verdict::failed)] > 1500);
   CHECK(counts[static_cast<int>(Verdict::unsupported)] > 0);
-}
-
-TEST_CASE("ONNX files with hostile lengths and shapes are refused", "[onnx][files]") {
-  const auto refuse = [](const char* words, const Message& message) {
-    onnx_tool::Tensor tensor;
-    CHECK_THAT(onnx_tool::read_tensor(view(message.bytes), tensor), ContainsSubstring(words));
-  };
-  const std::int64_t huge = std::int64_t{1} << 40;
-  const auto tensor = [] { return Message{}.integer(2, 1); };
-  refuse("4 bytes of data for a shape of 4398046511104", tensor().integer(1, huge).text(9, "abcd"));
-  refuse("beyond the address space", tensor().integer(1, huge).integer(1, huge).text(9, "abcd"));
-  refuse("beyond the address space", tensor().integer(1, INT64_MAX).text(9, "abcd"));
-  refuse("beyond the address space", tensor().integer(1, 0).integer(1, huge).integer(1, huge));
-  refuse("negative", tensor().integer(1, -1).text(9, "abcd"));
-  refuse("rank above 8", [&] {
-    Message message = tensor();
-    for (int n = 0; n < 9; ++n) message.integer(1, 1);
-    return message.text(9, "abcd");
-  }());
-  refuse("element type that is none", Message{}.integer(2, 1000));
-  refuse("element type 8", Message{}.integer(2, 8).integer(1, 1));
-  refuse("data in another file", tensor().integer(1, 1).integer(14, 1));
-  refuse("too many numbers", tensor().integer(1, 65).text(4, std::string(65 * 4, 'x')));
-  refuse("broken or too long list", Message{}.integer(2, 7).integer(1, 65).text(7, std::string(65, '\1')));
-  refuse("a list of numbers of 3 bytes", tensor().text(4, "abc"));
-
-  // A length of 2^63, a varint that does not end, a group, field 0.
-  const auto broken = [&](std::initializer_list<int> bytes) {
-    Message message = tensor();
-    for (const int byte : bytes) message.bytes += static_cast<char>(byte);
-    refuse("ends early or is no message", message);
-  };
-  broken({9 << 3 | 2, 255, 255, 255, 255, 255, 255, 255, 255, 127});
-  broken({9 << 3 | 2, 5, 'a'});
-  broken({1 << 3, 255, 255, 255, 255, 255, 255, 255, 255, 255, 2});
-  broken({1 << 3, 128});
-  broken({15 << 3 | 3});
-  broken({0, 1});
-  broken({8 << 3 | 1, 1, 2, 3});
-
-  // Numbers outside raw_data: packed, one by one, and as the bits of a small type.
-  onnx_tool::Tensor read;
-  const auto data_of = [&](const Message& message) {
-    const std::string problem = onnx_tool::read_tensor(view(message.bytes), read);
-    INFO(problem);
-    CHECK(problem.empty());
-    return std::vector<std::byte>(read.data().begin(), read.data().end());
-  };
-  CHECK(data_of(tensor().integer(1, 2).real(4, 1.5f).real(4, -2.f)) == listed(OnnxType::f32, {2}, {1.5, -2}).bytes);
-  CHECK(data_of(Message{}.integer(2, 7).integer(1, 2).integer(7, 5).integer(7, -3)) ==
-        listed(OnnxType::i64, {2}, {5, -3}).bytes);
-  CHECK(data_of(Message{}.integer(2, 7).text(1, "\2").text(7, "\5\6")) == listed(OnnxType::i64, {2}, {5, 6}).bytes);
-  CHECK(data_of(Message{}.integer(2, 9).integer(1, 3).text(5, std::string("\1\0\1", 3))) ==
-        listed(OnnxType::boolean, {3}, {1, 0, 1}).bytes);
-  CHECK(data_of(Message{}.integer(2, 10).integer(1, 1).integer(5, 0x3c00)) == listed(OnnxType::f16, {1}, {1}).bytes);
 }
