@@ -327,7 +327,7 @@ TEST_CASE("attention reads no dead tile and asks no lane of a full one, online a
     options.keep = bytes.view;
     const test::Expected expected = test::expect(x.q.view(), x.k.view(), x.v.view(), options);
     options.keep = {};
-    for (const Regime regime : test::kRegimes) {
+    for (const Regime regime : kRegimes) {
       INFO("dim " << dim << ", regime " << static_cast<int>(regime));
       options.regime = regime;
       Striped::Asked online, whole;
