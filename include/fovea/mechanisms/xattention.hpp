@@ -20,7 +20,7 @@ struct XAttention {
 
 inline namespace FOVEA_ARCH {
 
-namespace strided {
+namespace xattention_parts {
 
 // Strided rows of a task: packed once, then they meet every strided column that they see. More rows amortise the packing of
 // keys better (0.3 cycles a number, 192 rows of FMAs take 6); fewer leave more tasks to lanes. Packed, they are read panel
@@ -101,7 +101,7 @@ void choose(std::span<float> mass, index_t first_own, float threshold, std::int3
   for (index_t n = 0; n < taken; ++n) keep(index_t{to[n]});
 }
 
-}   // namespace strided
+}   // namespace xattention_parts
 
 // The lists of a call: valid until the next `select`, for every call with the same lengths; the memory is kept.
 class XAttentionLists {
@@ -119,11 +119,11 @@ class XAttentionLists {
   static constexpr index_t kWord = 64;
 
   void lay_out(const XAttention& rule, const door::Selection& s);
-  strided::LaneMemory carve_lane(Bump& bump, const door::Selection& s) const;
-  void pack_rows(const door::Selection& s, const strided::Rows& rows, const strided::LaneMemory& m) const;
-  void score_rows(const door::Selection& s, const strided::Rows& rows, float scale, const strided::LaneMemory& m) const;
-  void choose_blocks(const door::Selection& s, const strided::Rows& rows, float threshold,
-                     const strided::LaneMemory& m) const;
+  xattention_parts::LaneMemory carve_lane(Bump& bump, const door::Selection& s) const;
+  void pack_rows(const door::Selection& s, const xattention_parts::Rows& rows, const xattention_parts::LaneMemory& m) const;
+  void score_rows(const door::Selection& s, const xattention_parts::Rows& rows, float scale, const xattention_parts::LaneMemory& m) const;
+  void choose_blocks(const door::Selection& s, const xattention_parts::Rows& rows, float threshold,
+                     const xattention_parts::LaneMemory& m) const;
   index_t visible_blocks(const Sequence& s, index_t q_block) const {
     const index_t last = s.pos + std::min((q_block + 1) * block_, s.len_q) - 1;
     return last < 0 ? 0 : std::min(last / block_ + 1, (s.len_k + block_ - 1) / block_);
@@ -146,13 +146,13 @@ inline void XAttentionLists::lay_out(const XAttention& rule, const door::Selecti
   q_blocks_ = (s.longest + block_ - 1) / block_;
   k_blocks_ = (s.most_keys + block_ - 1) / block_;
   words_ = (k_blocks_ + kWord - 1) / kWord;
-  const index_t rows = std::min(strided::kRows, strided::kRowFloats / (stride_ * s.shape.dim_qk));
+  const index_t rows = std::min(xattention_parts::kRows, xattention_parts::kRowFloats / (stride_ * s.shape.dim_qk));
   task_blocks_ = std::max<index_t>(rows / (block_ / stride_), 1);
   task_rows_ = padded(task_blocks_ * (block_ / stride_), kTileRows);
   head_tasks_ = (q_blocks_ + task_blocks_ - 1) / task_blocks_;
 }
 
-inline strided::LaneMemory XAttentionLists::carve_lane(Bump& bump, const door::Selection& s) const {
+inline xattention_parts::LaneMemory XAttentionLists::carve_lane(Bump& bump, const door::Selection& s) const {
   const index_t dim = s.shape.dim_qk;
   return {bump.take<float>(kTileRows * dim),
           bump.take<float>(task_rows_ * stride_ * dim),
@@ -168,8 +168,8 @@ inline strided::LaneMemory XAttentionLists::carve_lane(Bump& bump, const door::S
 
 // Strided row r is the queries S r + S - 1, ..., S r, strided column c the keys S c, ..., S c + S - 1, one behind the other:
 // their product is the sum of an antidiagonal.
-inline void XAttentionLists::pack_rows(const door::Selection& s, const strided::Rows& rows,
-                                       const strided::LaneMemory& m) const {
+inline void XAttentionLists::pack_rows(const door::Selection& s, const xattention_parts::Rows& rows,
+                                       const xattention_parts::LaneMemory& m) const {
   const index_t dim = s.shape.dim_qk, len_q = s.sequence(rows.sequence).len_q;
   float* to = m.rows;
   for (index_t r = 0; r < rows.rows; r += kTileRows) {
@@ -191,15 +191,15 @@ inline void XAttentionLists::pack_rows(const door::Selection& s, const strided::
   }
 }
 
-inline void XAttentionLists::score_rows(const door::Selection& s, const strided::Rows& rows, float scale,
-                                        const strided::LaneMemory& m) const {
-  using strided::kColumns;
+inline void XAttentionLists::score_rows(const door::Selection& s, const xattention_parts::Rows& rows, float scale,
+                                        const xattention_parts::LaneMemory& m) const {
+  using xattention_parts::kColumns;
   const Sequence& sequence = s.sequence(rows.sequence);
   const index_t dim = s.shape.dim_qk, depth = stride_ * dim;
   const index_t columns =
       std::min((sequence.len_k + stride_ - 1) / stride_, std::max<index_t>(rows.base + rows.first + rows.rows, 0));
   std::fill_n(m.sums, rows.rows * k_blocks_, 0.f);
-  std::fill_n(m.top, rows.rows, strided::kNothing);
+  std::fill_n(m.top, rows.rows, xattention_parts::kNothing);
   std::fill_n(m.z, rows.rows, 0.f);
   pack_rows(s, rows, m);
   for (index_t column = 0; column < columns; column += kColumns) {
@@ -228,14 +228,14 @@ inline void XAttentionLists::score_rows(const door::Selection& s, const strided:
     for (index_t r = 0; r < rows.rows; ++r) {
       const index_t seen = std::min(count, rows.base + rows.first + r + 1 - column);
       if (seen <= 0) continue;
-      strided::absorb(m.scores + r * kScoreStride, seen, column, block_ / stride_, scale, m.top[r], m.z[r],
-                      m.sums + r * k_blocks_);
+      xattention_parts::absorb(m.scores + r * kScoreStride, seen, column, block_ / stride_, scale, m.top[r], m.z[r],
+                               m.sums + r * k_blocks_);
     }
   }
 }
 
-inline void XAttentionLists::choose_blocks(const door::Selection& s, const strided::Rows& rows, float threshold,
-                                           const strided::LaneMemory& m) const {
+inline void XAttentionLists::choose_blocks(const door::Selection& s, const xattention_parts::Rows& rows, float threshold,
+                                           const xattention_parts::LaneMemory& m) const {
   const Sequence& sequence = s.sequence(rows.sequence);
   const index_t rows_per_block = block_ / stride_;
   for (index_t r = 0; r < rows.rows; r += rows_per_block) {
@@ -253,11 +253,11 @@ inline void XAttentionLists::choose_blocks(const door::Selection& s, const strid
     std::uint64_t* const words = bits_ + list * words_;
     std::fill_n(words, words_, std::uint64_t{0});
     index_t kept = 0;
-    strided::choose({m.mass, static_cast<std::size_t>(visible)}, first_own, threshold, m.taken,
-                    {m.scratch, top_p_scratch_bytes()}, [&](index_t b) {
-                      words[b / kWord] |= std::uint64_t{1} << (b % kWord);
-                      ++kept;
-                    });
+    xattention_parts::choose({m.mass, static_cast<std::size_t>(visible)}, first_own, threshold, m.taken,
+                             {m.scratch, top_p_scratch_bytes()}, [&](index_t b) {
+                               words[b / kWord] |= std::uint64_t{1} << (b % kWord);
+                               ++kept;
+                             });
     begins_[list] = kept;
   }
 }
@@ -324,7 +324,7 @@ Status XAttentionLists::select(const Operand& q, const Kv& kv, const XAttention&
   const index_t tasks = s.sequences * heads_ * head_tasks_;
   const float scale = scale_of(options, s.shape.dim_qk) / static_cast<float>(stride_) * kLog2e;
   // The last rows of a head see the most columns: they come first, so that no lane is left alone with them.
-  const auto choose_part = [&](const strided::LaneMemory& memory, index_t task) {
+  const auto choose_part = [&](const xattention_parts::LaneMemory& memory, index_t task) {
     const index_t of_head = head_tasks_ - 1 - task / (s.sequences * heads_), which = task % (s.sequences * heads_);
     const index_t b = which / heads_, head = which % heads_;
     const Sequence& sequence = s.sequence(b);
@@ -332,7 +332,7 @@ Status XAttentionLists::select(const Operand& q, const Kv& kv, const XAttention&
     const index_t rows = std::min(task_blocks_ * (block_ / stride_), (sequence.len_q + stride_ - 1) / stride_ - first);
     if (rows <= 0) return;
     const index_t base = sequence.pos / stride_ - (sequence.pos % stride_ < 0 ? 1 : 0);
-    const strided::Rows part{b, head, first, rows, base};
+    const xattention_parts::Rows part{b, head, first, rows, base};
     score_rows(s, part, scale, memory);
     choose_blocks(s, part, threshold_of(head), memory);
   };
