@@ -14,6 +14,9 @@
 #else
 #include <xsimd/xsimd.hpp>
 #endif
+#if XSIMD_VERSION_MAJOR < 8 || (XSIMD_VERSION_MAJOR == 8 && XSIMD_VERSION_MINOR < 1)
+#error "fovea: xsimd 8.1 or newer is needed; an older one stands first on the include path"
+#endif
 
 #include "../core/types.hpp"
 
