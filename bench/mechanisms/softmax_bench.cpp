@@ -69,7 +69,7 @@ void add_prefill(Table& table) {
   for (const index_t len : {2048, 4096}) {
     Group& group = table.group(prefill(128, len, false));
     table.add(group, prefill(128, len, false), Impl::fovea);
-    table.add_one_thread(group, prefill(128, len, false), Impl::eigen);
+    table.add(group, prefill(128, len, false), Impl::eigen);
     group.slow = len > 2048;
   }
   for (const index_t kv_heads : {32, 8}) {
@@ -77,20 +77,20 @@ void add_prefill(Table& table) {
       const AttentionRow row = prefill(128, len, true, 32, kv_heads);
       Group& group = table.group(row);
       table.add(group, row, Impl::fovea);
-      if (len == 2048) table.add(group, row, Impl::eigen);
+      table.add(group, row, Impl::eigen);
       group.slow = len > 2048;
     }
   }
   for (const bool causal : {false, true}) {
     Group& group = table.group(prefill(64, 2048, causal));
     table.add(group, prefill(64, 2048, causal), Impl::fovea);
-    table.add_one_thread(group, prefill(64, 2048, causal), Impl::eigen);
+    table.add(group, prefill(64, 2048, causal), Impl::eigen);
   }
   {
     const AttentionRow row = prefill(128, 512, true);
     Group& group = table.group(row);
     table.add(group, row, Impl::fovea);
-    table.add_one_thread(group, row, Impl::eigen);
+    table.add(group, row, Impl::eigen);
     table.add_one_thread(group, row, Impl::scalar);   // measured at 3 GFLOP/s: a fifth of a second per call
   }
   constexpr std::pair<index_t, index_t> kOtherDims[] = {{72, 72}, {80, 80}, {96, 96}, {112, 112}, {192, 128}, {256, 256}};
@@ -109,7 +109,7 @@ void add_prefill(Table& table) {
     row.window_keys = 512;
     Group& group = table.group(row);
     table.add(group, row, Impl::fovea);
-    table.add_one_thread(group, row, Impl::eigen);
+    table.add(group, row, Impl::eigen);
   }
 }
 
@@ -140,7 +140,7 @@ void add_decode(Table& table) {
   const AttentionRow cached = decode(512, 8, Memory::cached);
   Group& group = table.group(cached);
   table.add(group, cached, Impl::fovea);
-  table.add_one_thread(group, cached, Impl::eigen);
+  table.add(group, cached, Impl::eigen);
   table.add_one_thread(group, cached, Impl::scalar);
   group.window = 0.02;
 }
