@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The library without exceptions and without RTTI: each door opened once, each kind of call made once, one call refused.
+// The library without exceptions and without RTTI: each door opened once, each kind of call made once, one call refused. Front
+// door 2 stands before the others here, after them in fovea.hpp and tests/doc/umbrella.cpp: both orders must do.
 #include <fovea/recurrent.hpp>
-#include <fovea/sparse.hpp>
 
 #include <fovea/adapters/std_threads.hpp>
+#include <fovea/fovea.hpp>
 
 #include <cstring>
 

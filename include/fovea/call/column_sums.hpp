@@ -319,9 +319,9 @@ Status column_sums(const Operand& q, const Kv& kv, const ColumnSums& sums, const
           if (chunk < work.chunks_of(first + n)) f(memory_of(of), n, first + n, chunk);
         });
       };
-      each_chunk([&](const ChunkMemory& m, index_t n, index_t of, index_t chunk) { work.leave_states(m, n, of, chunk); });
+      each_chunk([&](const columns::ChunkMemory& m, index_t n, index_t of, index_t chunk) { work.leave_states(m, n, of, chunk); });
       each_unit([&](index_t n, index_t of) { work.close_rows(n, of); });
-      each_chunk([&](const ChunkMemory& m, index_t n, index_t of, index_t chunk) { work.add_weights(m, n, of, chunk); });
+      each_chunk([&](const columns::ChunkMemory& m, index_t n, index_t of, index_t chunk) { work.add_weights(m, n, of, chunk); });
       if (work.sums.distances) each_unit([&](index_t n, index_t of) { work.add_diagonals(n, of); });
     }
     return {};
