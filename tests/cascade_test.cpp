@@ -6,12 +6,16 @@
 
 #include "catch_compat.hpp"
 #include "fovea/adapters/std_threads.hpp"
+#include "fovea/cache/paged_cache.hpp"
+#include "support/executors.hpp"
+#include "support/poison.hpp"
 #include "support/stored.hpp"
 
 namespace {
 
 using namespace test;
 using fovea::CascadeLevel;
+using fovea::CascadePlan;
 using fovea::Code;
 
 // Groups of neighbouring requests, and the keys each group shares.
@@ -78,6 +82,24 @@ class Cascade {
     return answer;
   }
   Answer attend() { return attend(options()); }
+  Answer attend(const CascadePlan& plan, AttentionOptions o) {
+    Answer answer(p.out, cu_q.back(), p.q_heads, p.dim_v);
+    o.lse = answer.lse_view();
+    const fovea::Status status = cascade_all(plan, q.operand(), levels, answer.out.result(), o);
+    INFO(status.message());
+    REQUIRE(status.ok());
+    return answer;
+  }
+  // Lengths and groups alone: of what is no part of a plan there is nothing here.
+  CascadePlan plan(const AttentionOptions& o) const {
+    std::vector<CascadeLevel> lengths = levels;
+    for (CascadeLevel& level : lengths) level.kv = {};
+    CascadePlan made;
+    const fovea::Status status = make_plan(made, {1, p.q_heads, p.kv_heads, cu_q.back(), 0, p.dim_qk, p.dim_v}, lengths, o);
+    INFO(status.message());
+    REQUIRE(status.ok());
+    return made;
+  }
 
   index_t group_of(std::size_t level, index_t request) const {
     const auto& begin = p.levels[level].group_begin;
@@ -313,6 +335,111 @@ TEST_CASE("requests of a cascade do not see each other, threads change no bit", 
   }
 }
 
+TEST_CASE("one plan of a cascade gives the bits of calls without, for every layer's K and V", "[cascade][bits][plan]") {
+  Random random(203);
+  for (int n = 0; n < 9; ++n) {
+    Problem p = random_problem(random, static_cast<std::size_t>(n % 3 + 1));
+    const auto seed = 5000 + static_cast<std::uint64_t>(n) * 100;
+    ThreadPerLane threads;
+    const int lanes = n % 2 == 0 ? 1 : 3;
+    std::optional<CascadePlan> plan;
+    for (const std::uint64_t layer : {0, 50}) {
+      // Another layer has other numbers in other places, and in other formats where the panels allow all.
+      for (LevelShape& level : p.levels) {
+        level.how.home = layer == 0 ? level.how.home : Home::contiguous;
+        if (layer != 0 && p.way.panels == Panels::f32) level.pair = kFormatPairs[random.below(8)];
+      }
+      Cascade x(p, seed + layer);
+      AttentionOptions options = x.options();
+      options.executor = {threads, lanes};
+      if (!plan) plan = x.plan(options);
+      const Answer wanted = x.attend(options);
+      CHECK(x.attend(*plan, options) == wanted);
+      PoisonedBytes workspace(fovea::workspace_bytes(*plan, lanes), static_cast<std::uint64_t>(n));
+      options.workspace = workspace.bytes();
+      CHECK(x.attend(*plan, options) == wanted);
+      CHECK(x.attend(options) == wanted);
+      CHECK(workspace.guards_intact());
+    }
+  }
+}
+
+// Requests that begin alike in the pool of a cache: the pages they share are one level, what follows them the next.
+TEST_CASE("the levels of a paged cache's shared prefix = flat attention over its sequences", "[cascade][paged]") {
+  const index_t prefix = 37, page_size = 8, shared = 32, tail = prefix - shared;
+  Problem p = small_problem();
+  p.causal = Causal::bottom_right;
+  p.levels[0].len_k = {shared};
+  p.levels[1].len_k = {tail + 2, tail + 30, tail + 3};
+  for (const FormatPair& pair : {kFormatPairs[1], kFormatPairs[3]}) {
+    p.levels[0].pair = p.levels[1].pair = pair;
+    Cascade x(p, 36);
+    // Every request's own keys begin with the end of the prefix, which fills no page.
+    Keys& keys = *x.keys[1];
+    const auto begins = cumulative(keys.len);
+    for (Rows* rows : {&keys.k, &keys.v}) {
+      for (std::size_t r = 1; r < 3; ++r)
+        std::copy_n(rows->data.begin(), tail * rows->heads * rows->bytes,
+                    rows->data.begin() + begins[r] * rows->heads * rows->bytes);
+      rows->read();
+    }
+    x.homes[1] = std::make_unique<Housed>(keys.k, keys.v, consecutive(keys.len), Lodging{});
+    x.levels[1].kv = x.homes[1]->kv();
+
+    fovea::PagedCache cache;
+    REQUIRE(cache
+                .create({.rows = {.kv_heads = p.kv_heads, .dim_qk = p.dim_qk, .dim_v = p.dim_v, .k = pair.k, .v = pair.v},
+                         .pages = 20,
+                         .page_size = page_size,
+                         .sequences = 4,
+                         .poison = true})
+                .ok());
+    const auto rows_from = [](const fovea::Stored& stored, index_t entry, index_t first) {
+      return fovea::Stored{stored.data + entry * stored.stride[0] + first * stored.stride[2], stored.format, stored.stride};
+    };
+    const auto append = [&](index_t sequence, index_t count, const Kv& kv, index_t entry, index_t first) {
+      const fovea::Status status =
+          cache.append(sequence, count, rows_from(kv.k, entry, first), rows_from(kv.v, entry, first));
+      INFO(status.message());
+      REQUIRE(status.ok());
+    };
+    index_t first = -1;
+    REQUIRE(cache.create_sequence(&first).ok());
+    append(first, shared, x.levels[0].kv, 0, 0);
+    append(first, tail, x.levels[1].kv, 0, 0);
+    std::vector<index_t> requests(3), total;
+    for (index_t r = 0; r < 3; ++r) {
+      REQUIRE(cache.share_prefix(first, prefix, &requests[at(r)]).ok());
+      append(requests[at(r)], keys.len[at(r)] - tail, x.levels[1].kv, r, tail);
+      total.push_back(shared + keys.len[at(r)]);
+    }
+
+    const index_t whole[] = {first};
+    fovea::PageLists lists;
+    fovea::KvBatch prefix_of, own;
+    REQUIRE(cache.csr(requests, shared, lists, &own).ok());
+    REQUIRE(cache.csr(whole, &prefix_of).ok());
+    CHECK(std::equal(own.len_k.begin(), own.len_k.end(), keys.len.begin(), keys.len.end()));
+    const Answer wanted = x.attend();
+    x.levels[0].kv = prefix_of.kv;   // 37 keys in 5 pages, of which the level has 32
+    x.levels[1] = {own.kv, p.levels[1].group_begin, own.len_k};
+    const Answer answer = x.attend();
+    CHECK(answer == wanted);
+    const WorstOf worst = worst_of(answer, x.expected());
+    INFO(describe(pair) << ": " << worst.where);
+    CHECK(worst.budgets <= 1);
+
+    fovea::KvBatch flat;
+    REQUIRE(cache.csr(requests, &flat).ok());
+    AttentionOptions options = x.options();
+    options.len_k = flat.len_k;
+    CHECK(std::equal(flat.len_k.begin(), flat.len_k.end(), total.begin(), total.end()));
+    const WorstOf apart = worst_of(attend_stored(x.q, flat.kv, options), x.expect_levels(0, 2));
+    INFO(describe(pair) << ", flat: " << apart.where);
+    CHECK(apart.budgets <= 1);
+  }
+}
+
 TEST_CASE("a draft tree acts on the last level of a cascade", "[cascade][tree]") {
   Random random(202);
   for (int n = 0; n < 12; ++n) {
@@ -481,10 +608,62 @@ TEST_CASE("what a cascade refuses", "[cascade][errors]") {
   refused("out of another dim", invalid, {"41", "40"}, [](Call& c) { c.out.extent[3] = 41; });
   refused("out of another length", invalid, {"8", "6"}, [](Call& c) { c.out.extent[2] = 8; });
   refused("dims that differ between levels", invalid, {"24", "40"}, [](Call& c) { c.x.levels[1].kv.dim_v = 24; });
+  refused("kv heads that differ between levels", invalid, {"level 1", "1 kv heads", "2"},
+          [](Call& c) { c.x.levels[1].kv.kv_heads = 1; });
   refused("a level that attention refuses", invalid, {"len_k[0] = 41", "40"}, [](Call& c) {
     c.numbers = {41};
     c.x.levels[0].len_k = c.numbers;
   });
+}
+
+TEST_CASE("a plan for another cascade is refused", "[cascade][plan][errors]") {
+  Call planned;
+  const CascadePlan plan = planned.x.plan(planned.options);
+  const auto refused = [&](const char* what, std::initializer_list<const char*> words, const auto& change,
+                           Code code = Code::invalid_argument) {
+    Call c;
+    change(c);
+    const fovea::Status status = cascade_all(plan, c.q, c.x.levels, c.out, c.options);
+    INFO(what << ": \"" << status.message() << "\"");
+    CHECK(status.code() == code);
+    for (const char* word : words) CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring(word));
+    CHECK(c.answer.untouched());
+  };
+  {
+    Call c;
+    REQUIRE(cascade_all(plan, c.q, c.x.levels, c.out, c.options).ok());
+  }
+  refused("one level", {"2 levels", "has 1"}, [](Call& c) { c.x.levels.pop_back(); });
+  refused("other lengths", {"sequence 1 is planned as 1 queries", "9 keys", "1, 0, 8"}, [](Call& c) {
+    c.numbers = {5, 8, 3};
+    c.x.levels[1].len_k = c.numbers;
+  });
+  refused("other queries", {"group 2 of level 1 is planned from query 3 on", "starts at 5"}, [](Call& c) {
+    c.numbers = {0, 2, 5, 6};
+    c.options.cu_len_q = c.numbers;
+  });
+  refused("other groups", {"level 0", "1 groups", "has 2"}, [](Call& c) {
+    c.numbers = {0, 1, 3};
+    c.others = {37, 37};
+    c.x.levels[0].group_begin = c.numbers;
+    c.x.levels[0].len_k = c.others;
+  });
+  refused("causal", {"keys"}, [](Call& c) { c.options.causal = Causal::bottom_right; });
+  refused("another regime", {"regime"}, [](Call& c) { c.options.regime = Regime::prefill; });
+  refused("other dims", {"24/40", "24/39"}, [](Call& c) {
+    c.out.extent[3] = 39;
+    for (CascadeLevel& level : c.x.levels) level.kv.dim_v = 39;
+  });
+  refused("other heads", {"4/2 heads", "4/1"}, [](Call& c) {
+    for (CascadeLevel& level : c.x.levels) level.kv.kv_heads = 1;
+  });
+  std::vector<std::byte> little(fovea::workspace_bytes(plan) - 1);
+  refused("a small workspace", {"workspace has", "the plan needs"}, [&](Call& c) { c.options.workspace = little; },
+          Code::workspace_too_small);
+  refused("a workspace in out", {"workspace", "out"}, [](Call& c) { c.options.workspace = c.answer.out.bytes; });
+  CascadePlan of_batch;
+  const fovea::Status unplanned = make_plan(of_batch, {2, 4, 2, 6, 0, 24, 40}, planned.x.levels, planned.options);
+  CHECK_THAT(std::string(unplanned.message()), Catch::Matchers::ContainsSubstring("got 2"));
 }
 
 // The errors of fovea::attention, in words about the cascade's own outputs.

@@ -16,6 +16,7 @@ using fovea::KvBatch;
 using fovea::KvLayout;
 using fovea::PagedCache;
 using fovea::PagedCacheShape;
+using fovea::PageLists;
 using fovea::Status;
 
 namespace {
@@ -151,6 +152,23 @@ void require_equal(PagedCache& cache, Model& model, Random& random) {
   REQUIRE(lists.len_k.size() == wanted.size());
   REQUIRE(lists.kv.page_begin.size() == wanted.size() + 1);
   REQUIRE(lists.kv.page_indices.size() == static_cast<std::size_t>(lists.kv.page_begin[wanted.size()]));
+  // The same behind what all of them have at least, in memory of the caller's: both are good at the same time.
+  index_t skip = wanted.empty() ? 0 : PTRDIFF_MAX;
+  for (const index_t sequence : wanted) skip = std::min(skip, cache.len(sequence) / cache.page_size() * cache.page_size());
+  PageLists own;
+  KvBatch behind;
+  REQUIRE(cache.csr(wanted, skip, own, &behind).ok());
+  REQUIRE(behind.len_k.size() == wanted.size());
+  REQUIRE(behind.kv.page_begin.size() == wanted.size() + 1);
+  REQUIRE(behind.kv.page_indices.size() == static_cast<std::size_t>(behind.kv.page_begin[wanted.size()]));
+  for (std::size_t b = 0; b < wanted.size(); ++b) {
+    const Sequence& expected = model.all()[static_cast<std::size_t>(wanted[b])];
+    REQUIRE(behind.len_k[b] == Model::len(expected) - skip);
+    for (index_t n = 0; n < behind.len_k[b]; ++n) {
+      if (!holds(behind.kv, static_cast<index_t>(b), n, expected.tokens[static_cast<std::size_t>(skip + n)].id, cache.rows()))
+        FAIL("list " << b << " behind " << skip << ": key " << n << " is another token");
+    }
+  }
   for (std::size_t b = 0; b < wanted.size(); ++b) {
     const Sequence& expected = model.all()[static_cast<std::size_t>(wanted[b])];
     REQUIRE(lists.len_k[b] == Model::len(expected));
@@ -490,6 +508,14 @@ TEST_CASE("PagedCache refuses with the numbers and stays as it was", "[cache]") 
   refused(cache.share_prefix(0, 7, &made_sequence), Code::invalid_argument, "has 6");
   refused(cache.csr(four, &lists), Code::invalid_argument, "4 sequences");
   refused(cache.csr(unknown, &lists), Code::invalid_argument, "sequence 3 of 3");
+  PageLists own;
+  const index_t two[] = {0, 2};
+  refused(cache.csr(two, 5, own, &lists), Code::invalid_argument, "first 5 tokens, pages are of 4");
+  refused(cache.csr(two, -4, own, &lists), Code::invalid_argument, "first -4 tokens");
+  refused(cache.csr(two, 8, own, &lists), Code::invalid_argument, "first 8 tokens, sequence 0 has 6");
+  refused(cache.csr(four, 4, own, &lists), Code::invalid_argument, "4 sequences");
+  refused(cache.csr(unknown, 4, own, &lists), Code::invalid_argument, "sequence 3 of 3");
+  CHECK(lists.kv.page_indices.data() == nullptr);
   refused(cache.create({.rows = rows, .pages = 4, .page_size = 257}), Code::invalid_argument, "257 slots");
   refused(cache.create({.rows = rows, .pages = 0}), Code::invalid_argument, "0 pages");
   refused(cache.create({.rows = rows, .pages = 0x7fffffff, .page_size = 256, .sequences = 0x7fffffff}), Code::out_of_memory,

@@ -18,4 +18,10 @@ fovea::Status cascade_all(const fovea::Operand& q, std::span<const fovea::Cascad
   return fovea::cascade_attention<fovea::AllFormats>(q, levels, out, options);
 }
 
+fovea::Status cascade_all(const fovea::CascadePlan& plan, const fovea::Operand& q,
+                          std::span<const fovea::CascadeLevel> levels, const fovea::Result& out,
+                          const fovea::AttentionOptions& options) {
+  return fovea::cascade_attention<fovea::AllFormats>(plan, q, levels, out, options);
+}
+
 }   // namespace test

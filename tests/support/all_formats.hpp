@@ -15,5 +15,8 @@ fovea::Status attend_all(const fovea::Plan& plan, const fovea::Operand& q, const
                          const fovea::AttentionOptions& options);
 fovea::Status cascade_all(const fovea::Operand& q, std::span<const fovea::CascadeLevel> levels, const fovea::Result& out,
                           const fovea::AttentionOptions& options);
+fovea::Status cascade_all(const fovea::CascadePlan& plan, const fovea::Operand& q,
+                          std::span<const fovea::CascadeLevel> levels, const fovea::Result& out,
+                          const fovea::AttentionOptions& options);
 
 }   // namespace test

@@ -19,6 +19,30 @@ struct PagedCacheShape {
 
 inline namespace FOVEA_ARCH {
 
+// Memory for CSR lists beside a cache's own: two levels of a cascade are read at the same time. PagedCache::csr fills it.
+class PageLists {
+ private:
+  friend class PagedCache;
+  struct State {
+    index_t sequences = 0, pages = 0;   // room
+    std::int32_t* page = nullptr;       // [pages]
+    index_t *begin = nullptr, *len = nullptr;
+  };
+
+  Status reserve(index_t sequences, index_t pages) {
+    if (owned_.state.begin != nullptr && owned_.state.sequences >= sequences && owned_.state.pages >= pages) return {};
+    return allocate(owned_, [&](Bump& bump, State& state) {
+      state.sequences = sequences;
+      state.pages = pages;
+      state.page = bump.take<std::int32_t>(pages);
+      state.begin = bump.take<index_t>(sequences + 1);
+      state.len = bump.take<index_t>(sequences);
+    });
+  }
+
+  Owned<State> owned_;
+};
+
 class PagedCache {
  public:
   // Replaces whatever the cache held; on error it keeps it. The tables take 12 bytes per sequence and page of `longest`.
@@ -305,24 +329,21 @@ class PagedCache {
   // The sequences asked for, in that order, as CSR lists; at most sequences() of them, one may be there twice. Valid until
   // the next change and the next csr().
   Status csr(std::span<const index_t> wanted, KvBatch* out) {
+    if (Status status = check_wanted(wanted, 0); !status.ok()) return status;
     State& now = state();
-    const auto count = static_cast<index_t>(wanted.size());
-    if (count > now.sequences) {
-      return Status::error(Code::invalid_argument, "cache: lists of %td sequences, there are %td", count, now.sequences);
-    }
-    for (const index_t sequence : wanted) {
-      if (Status status = check_alive(sequence); !status.ok()) return status;
-    }
-    for (std::size_t n = 0; n < wanted.size(); ++n) {
-      const std::span<const std::int32_t> pages = pages_of(wanted[n]);
-      std::copy(pages.begin(), pages.end(), now.csr_pages + now.csr_begin[n]);
-      now.csr_begin[n + 1] = now.csr_begin[n] + static_cast<index_t>(pages.size());
-      now.csr_len[n] = now.len[wanted[n]];
-    }
-    *out = {store().kv(), {now.csr_len, wanted.size()}};
-    out->kv.home = Home::paged;
-    out->kv.page_indices = {now.csr_pages, static_cast<std::size_t>(now.csr_begin[count])};
-    out->kv.page_begin = {now.csr_begin, wanted.size() + 1};
+    *out = list_pages(wanted, 0, now.csr_pages, now.csr_begin, now.csr_len);
+    return {};
+  }
+
+  // The same without the first `skip` tokens of each, whole pages of them, in lists of the caller's: what follows a shared
+  // prefix, one level of a cascade while csr() or batch() is another. Valid until the next change of the cache and the next
+  // csr() into these lists. The first call gives `lists` room for any of this cache's, 4 bytes per sequence and page of
+  // `longest`; later ones allocate nothing.
+  Status csr(std::span<const index_t> wanted, index_t skip, PageLists& lists, KvBatch* out) const {
+    if (Status status = check_wanted(wanted, skip); !status.ok()) return status;
+    if (Status status = lists.reserve(sequences(), sequences() * state().width); !status.ok()) return status;
+    const PageLists::State& to = lists.owned_.state;
+    *out = list_pages(wanted, skip, to.page, to.begin, to.len);
     return {};
   }
 
@@ -434,6 +455,35 @@ class PagedCache {
     if (Status status = check_sequence(sequence, sequences()); !status.ok()) return status;
     if (state().alive[sequence]) return {};
     return Status::error(Code::invalid_argument, "cache: sequence %td does not exist", sequence);
+  }
+  Status check_wanted(std::span<const index_t> wanted, index_t skip) const {
+    const auto count = static_cast<index_t>(wanted.size());
+    if (count > sequences())
+      return Status::error(Code::invalid_argument, "cache: lists of %td sequences, there are %td", count, sequences());
+    if (skip < 0 || skip % page_size() != 0)
+      return Status::error(Code::invalid_argument, "cache: lists without the first %td tokens, pages are of %td", skip,
+                           page_size());
+    for (const index_t sequence : wanted) {
+      if (Status status = check_alive(sequence); !status.ok()) return status;
+      if (skip > state().len[sequence])
+        return Status::error(Code::invalid_argument, "cache: lists without the first %td tokens, sequence %td has %td", skip,
+                             sequence, state().len[sequence]);
+    }
+    return {};
+  }
+  KvBatch list_pages(std::span<const index_t> wanted, index_t skip, std::int32_t* page, index_t* begin, index_t* len) const {
+    begin[0] = 0;
+    for (std::size_t n = 0; n < wanted.size(); ++n) {
+      const auto pages = pages_of(wanted[n]).subspan(static_cast<std::size_t>(skip / page_size()));
+      std::copy(pages.begin(), pages.end(), page + begin[n]);
+      begin[n + 1] = begin[n] + static_cast<index_t>(pages.size());
+      len[n] = state().len[wanted[n]] - skip;
+    }
+    KvBatch listed{store().kv(), {len, wanted.size()}};
+    listed.kv.home = Home::paged;
+    listed.kv.page_indices = {page, static_cast<std::size_t>(begin[wanted.size()])};
+    listed.kv.page_begin = {begin, wanted.size() + 1};
+    return listed;
   }
   Status no_sequence() const {
     return Status::error(Code::out_of_pages, "cache: all %td sequences are in use", sequences());
