@@ -147,15 +147,17 @@ bool same_bits(const Got& a, const Got& b) {
 struct Wanted {
   std::vector<index_t> heads;
   std::vector<double> out, out_error, lse, lse_error;   // [n, token, value], [n, token]
+  std::vector<double> narrow_out_error{}, narrow_lse_error{};
+
+  Wanted with_bf16_panels() const { return {heads, out, narrow_out_error, lse, narrow_lse_error}; }
 };
 
-Wanted reference(Problem& p, const AttentionOptions& options, std::vector<index_t> heads, bool bf16_panels = false) {
+Wanted reference(Problem& p, const AttentionOptions& options, std::vector<index_t> heads) {
   constexpr double u = test::kUnit;
   const index_t tokens = p.tokens(), value = p.dims.value;
   const auto rows = heads.size() * static_cast<std::size_t>(tokens), numbers = rows * static_cast<std::size_t>(value);
   Wanted w{heads, std::vector<double>(numbers), std::vector<double>(numbers), std::vector<double>(rows),
-           std::vector<double>(rows)};
-  const double rounding = bf16_panels ? 0x1p-8 * 1.01 : 0;
+           std::vector<double>(rows), std::vector<double>(numbers), std::vector<double>(rows)};
   for (std::size_t n = 0; n < heads.size(); ++n) {
     MlaDims one = p.dims;
     one.heads = 1;
@@ -176,33 +178,38 @@ Wanted reference(Problem& p, const AttentionOptions& options, std::vector<index_
         fovea::bhsd(out, 1, 1, tokens, value), head_options, View<double, 3>{lse, {1, 1, tokens}, {0, 0, 1}},
         [&](const fovea::reference::MlaRow& row) {
           const double factors = static_cast<double>(p.dims.nope + p.dims.latent + p.dims.rope) + 8;
-          std::vector<double> relative;
-          double mean = 0;
-          for (const auto& term : row.terms) {
-            const double score =
-                u * (factors * term.dots + 4 * (std::abs(term.score) + std::abs(row.max))) + 2 * rounding * term.dots;
-            relative.push_back(std::expm1(score + test::kExpUnits * u));
-            mean += term.weight * relative.back();
-          }
-          if (!options.sink.empty()) {
-            const double sink = double{head_options.sink[0]};
-            mean += std::exp(sink - row.lse) * std::expm1(u * (4 * (std::abs(sink) + std::abs(row.max)) + test::kExpUnits));
-          }
-          const auto terms = static_cast<index_t>(row.terms.size());
-          const double common =
-              mean + test::sum_error(terms, terms == 0 ? 0 : row.terms.back().key - row.terms.front().key + 1);
           const std::size_t at = n * static_cast<std::size_t>(tokens) + static_cast<std::size_t>(row.pos_q);
-          for (index_t d = 0; d < value; ++d) {
-            double size = 0, spread = 0;
-            for (std::size_t t = 0; t < row.terms.size(); ++t) {
-              const double part = row.terms[t].weight * row.v_size[row.terms[t].key * value + d];
-              size += part;
-              spread += part * (relative[t] + u * (static_cast<double>(p.dims.latent) + 2) + 2 * rounding);
+          for (const double rounding : {0., 0x1p-8 * 1.01}) {
+            std::vector<double> relative;
+            double mean = 0;
+            for (const auto& term : row.terms) {
+              const double score =
+                  u * (factors * term.dots + 4 * (std::abs(term.score) + std::abs(row.max))) + 2 * rounding * term.dots;
+              relative.push_back(std::expm1(score + test::kExpUnits * u));
+              mean += term.weight * relative.back();
             }
-            w.out_error[at * static_cast<std::size_t>(value) + static_cast<std::size_t>(d)] = spread + common * size + 1e-30;
+            if (!options.sink.empty()) {
+              const double sink = double{head_options.sink[0]};
+              mean +=
+                  std::exp(sink - row.lse) * std::expm1(u * (4 * (std::abs(sink) + std::abs(row.max)) + test::kExpUnits));
+            }
+            const auto terms = static_cast<index_t>(row.terms.size());
+            const double common =
+                mean + test::sum_error(terms, terms == 0 ? 0 : row.terms.back().key - row.terms.front().key + 1);
+            double* const out_error = (rounding == 0 ? w.out_error : w.narrow_out_error).data() + at * static_cast<std::size_t>(value);
+            for (index_t d = 0; d < value; ++d) {
+              double size = 0, spread = 0;
+              for (std::size_t t = 0; t < row.terms.size(); ++t) {
+                const double part = row.terms[t].weight * row.v_size[row.terms[t].key * value + d];
+                size += part;
+                spread += part * (relative[t] + u * (static_cast<double>(p.dims.latent) + 2) + 2 * rounding);
+              }
+              out_error[d] = spread + common * size + 1e-30;
+            }
+            (rounding == 0 ? w.lse_error : w.narrow_lse_error)[at] =
+                std::isfinite(row.lse) ? common + u * (test::kLogUnits * 16 + 4 * (std::abs(row.max) + std::abs(row.lse)))
+                                       : 0;
           }
-          w.lse_error[at] =
-              std::isfinite(row.lse) ? common + u * (test::kLogUnits * 16 + 4 * (std::abs(row.max) + std::abs(row.lse))) : 0;
         });
   }
   return w;
@@ -249,6 +256,19 @@ std::vector<index_t> all_heads(const MlaDims& dims) {
   return heads;
 }
 
+// For latents of 512 numbers. Sums of 512 numbers of both signs are mostly rounding budget. Eight weights a row, the last
+// column among them, keep the sums of magnitudes near the sums; smaller queries keep scores small.
+void tame(Problem& p, std::uint64_t seed) {
+  test::Random random(seed);
+  for (fovea::bf16& w : p.kv_b) w = {};
+  for (std::size_t row = 0; row < p.kv_b.size(); row += 512) {
+    for (int n = 0; n < 8; ++n)
+      p.kv_b[row + static_cast<std::size_t>(n == 0 && row % 1024 == 0 ? 511 : random.below(512))] =
+          fovea::convert<fovea::bf16>(random.uniform(-0.5f, 0.5f));
+  }
+  for (float& x : p.q) x *= 0.35f;
+}
+
 constexpr MlaForm kForms[] = {MlaForm::absorbed, MlaForm::expanded};
 
 }   // namespace
@@ -283,16 +303,7 @@ TEST_CASE("MLA with the dims of DeepSeek-V3, V2-Lite and Kimi", "[mla]") {
                           {kKimi, 0.0721688f, Format::f16, {0, 63}}};
   for (const Model& model : models) {
     Problem p(model.dims, {{1, 6}, {3, 5}}, model.format, 21);
-    // Sums of 512 numbers of both signs are mostly rounding budget. Eight weights a row, the last column among them, keep
-    // the sums of magnitudes near the sums; smaller queries keep scores small.
-    test::Random random(22);
-    for (fovea::bf16& w : p.kv_b) w = {};
-    for (std::size_t row = 0; row < p.kv_b.size(); row += 512) {
-      for (int n = 0; n < 8; ++n)
-        p.kv_b[row + static_cast<std::size_t>(n == 0 && row % 1024 == 0 ? 511 : random.below(512))] =
-            fovea::convert<fovea::bf16>(random.uniform(-0.5f, 0.5f));
-    }
-    for (float& x : p.q) x *= 0.35f;
+    tame(p, 22);
     AttentionOptions options = p.options();
     options.scale = model.scale;
     const Wanted w = reference(p, options, model.heads);
@@ -320,6 +331,75 @@ TEST_CASE("MLA with the dims of DeepSeek-V3, V2-Lite and Kimi", "[mla]") {
     }
     CHECK(error < 2e-3 * largest);
   }
+}
+
+// A key tile at these dims is 64 keys, a split 1024. 16 heads are a decode, 128 a wide decode. nope and value, which count in the
+// projections alone, are a quarter of DeepSeek's: the test above has them whole.
+TEST_CASE("decode steps of MLA over DeepSeek's latents, several key tiles and splits of them", "[mla]") {
+  struct Case {
+    MlaDims dims;
+    float scale;
+    Format format;
+    index_t shorter;
+    Regime regime;
+  };
+  const index_t longer = 1100, tile = 64, split = fovea::kSplitKeys;
+  const Case cases[] = {{{128, 32, 64, 512, 32}, 0.1352338f, Format::bf16, 65, Regime::wide_decode},
+                        {{16, 32, 64, 512, 32}, 0.1147214f, Format::latent_fp8, 130, Regime::decode}};
+  for (const Case& c : cases) {
+    Problem p(c.dims, {{1, c.shorter}, {1, longer}}, c.format, 25, 16);
+    tame(p, 26);
+    AttentionOptions options = p.options();
+    options.scale = c.scale;
+    CAPTURE(c.dims.heads, fovea::name_of(c.format));
+    fovea::MlaPlan plan;
+    REQUIRE(make_plan(plan, {c.dims, 1, 2, longer, c.format}, options, MlaForm::absorbed).ok());
+    const fovea::Plan& absorbed = plan.absorbed[0].plan;
+    CHECK(absorbed.blocks[0].regime == c.regime);
+    CHECK(absorbed.blocks[0].splits == 1);
+    CHECK(absorbed.blocks[1].splits == 2);
+    CHECK(absorbed.key_tile_size == tile);
+
+    const Wanted w = reference(p, options, {0, c.dims.heads - 1});
+    CHECK(distance(p, run(p, MlaForm::absorbed, options), w) <= 1);
+    AttentionOptions wide = options;
+    wide.regime = Regime::wide_decode;
+    const Got exact = run(p, MlaForm::absorbed, wide);
+    CHECK(distance(p, exact, w) <= 1);
+    if (fovea::kHasBf16Dot) {
+      AttentionOptions narrow = wide;
+      narrow.panels = fovea::Panels::bf16;
+      const Got rounded = run(p, MlaForm::absorbed, narrow);
+      CHECK(distance(p, rounded, w.with_bf16_panels()) <= 1);
+      CHECK(!same_bits(rounded, exact));
+    }
+    // What a budget must not hide: a key tile that is read in the place of another, a split likewise.
+    const auto misread = [&](index_t from, index_t to, index_t count) {
+      const std::vector<std::byte> right = p.pool;
+      for (index_t j = 0; j < count; ++j)
+        std::memcpy(p.row_at(1, to + j), p.row_at(1, from + j), static_cast<std::size_t>(p.row_bytes()));
+      const Got wrong = run(p, MlaForm::absorbed, options);
+      p.pool = right;
+      return distance(p, wrong, w);
+    };
+    CHECK(misread(0, tile, tile) > 5);
+    CHECK(misread(0, split, longer - split) > 5);
+  }
+}
+
+TEST_CASE("expanded MLA at DeepSeek's dims, over several key tiles", "[mla]") {
+  Problem p(kV2Lite, {{1, 260}}, Format::latent_fp8, 27, 16);
+  tame(p, 28);
+  const std::vector<index_t> heads{0, 15};
+  const Wanted w = reference(p, p.options(), heads);
+  fovea::MlaPlan plan;
+  REQUIRE(make_plan(plan, {p.dims, 1, 1, 260, p.format}, p.options(), MlaForm::expanded).ok());
+  CHECK(plan.expanded[0].plan.key_tile_size == 128);   // of dims 192 and 128
+  const Got got = run(p, MlaForm::expanded, p.options(), &plan);
+  CHECK(distance(p, got, w) <= 1);
+  Problem wrong = p;
+  std::memcpy(wrong.row_at(0, 259), p.row_at(0, 3), static_cast<std::size_t>(p.row_bytes()));
+  CHECK(distance(p, run(wrong, MlaForm::expanded, p.options()), w) > 5);
 }
 
 TEST_CASE("identity blocks make plain attention of MLA, bit for bit", "[mla][bits]") {
@@ -656,7 +736,7 @@ TEST_CASE("MLA with bf16 panels", "[mla]") {
   options.regime = Regime::prefill;   // decode reads in place, without panels
   const Got exact = run(p, MlaForm::absorbed, options);
   options.panels = fovea::Panels::bf16;
-  const Wanted w = reference(p, options, all_heads(p.dims), true);
+  const Wanted w = reference(p, options, all_heads(p.dims)).with_bf16_panels();
   for (const MlaForm form : kForms) {
     const Got got = run(p, form, options);
     CHECK(distance(p, got, w) <= 1);
