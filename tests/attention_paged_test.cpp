@@ -210,6 +210,51 @@ TEST_CASE("chunked = whole prefill over a paged cache, in one forced regime", "[
   }
 }
 
+TEST_CASE("pages of latents, V the head of K's rows = contiguous, in chunks and with anything in unused slots", "[bits][paged]") {
+  const index_t len_q = 5, total = 200, dim_qk = fovea::kLatentFp8Dim, dim_v = fovea::kLatentFp8Values;
+  for (const Format format : {Format::latent_fp8, Format::bf16}) {
+    const Rows k(format, 1, dim_qk, random_numbers(23, total * dim_qk)), v = head_of(k, dim_v);
+    const std::vector<index_t> len{total};
+    Tokens q = random_queries(24, len_q, 2, dim_qk);
+    Lodging how;
+    how.weave = Weave::v_in_k;
+    const Housed flat(k, v, consecutive(len), how);
+    for (const Way& way : ways(format, format)) {
+      AttentionOptions options;
+      options.causal = Causal::bottom_right;
+      options.regime = way.regime;
+      options.panels = way.panels;
+      options.len_k = len;
+      const Answer whole = attend_stored(q, flat.kv(), options);
+      CHECK_FALSE(whole.has_nan());
+      std::uint64_t seed = 80;
+      for (const index_t page_size : {1, 16, 64}) {
+        for (const std::byte fill : {kPoison, std::byte{0}, std::byte{0x7f}}) {
+          how = pages_of(page_size, ++seed);
+          how.weave = Weave::v_in_k;
+          how.fill = fill;
+          const Housed paged(k, v, consecutive(len), how);
+          INFO(name_of(format) << ", " << describe(way) << ", " << describe(how) << ", filled with "
+                               << std::to_integer<int>(fill));
+          CHECK(attend_stored(q, paged.kv(), options) == whole);
+          if (fill != kPoison) continue;
+          const index_t chunk = 3;
+          for (index_t begin = 0; begin < len_q; begin += chunk) {
+            const index_t count = std::min(chunk, len_q - begin);
+            Tokens part(Format::f32, count, 2, dim_qk);
+            part.fill(std::vector<float>(q.values.begin() + begin * 2 * dim_qk,
+                                         q.values.begin() + (begin + count) * 2 * dim_qk));
+            const std::vector<index_t> in_use{total - len_q + begin + count};
+            AttentionOptions of_part = options;
+            of_part.len_k = in_use;
+            CHECK(same_tokens(whole, begin, attend_stored(part, paged.kv(), of_part)));
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("one plan serves caches of every format and page size", "[bits][paged][plan]") {
   fovea::Plan plan;
   std::optional<Step> first(kFormatPairs[1]);
