@@ -5,6 +5,11 @@
 #include <new>
 #include <thread>
 
+#include "fovea/cache/append.hpp"
+#include "fovea/cache/mixed_cache.hpp"
+#include "fovea/cache/paged_cache.hpp"
+#include "fovea/mla.hpp"
+#include "support/all_formats.hpp"
 #include "support/dense.hpp"
 #include "support/problem.hpp"
 
@@ -198,6 +203,101 @@ TEST_CASE("weights are recomputed for the rows asked, without a score for every 
   INFO(bytes << " bytes");
   CHECK(bytes > 0);
   CHECK(bytes < 2 * 4 * fovea::kStripRows * len);
+}
+
+TEST_CASE("a plan with the caller's workspace allocates nothing over stored keys", "[allocation]") {
+  const fovea::index_t heads = 4, kv_heads = 2, dim = 32, len = 1100;
+  const Dense x(135, 1, heads, kv_heads, 3, len, dim, dim);
+  const fovea::CacheRows rows{
+      .kv_heads = kv_heads, .dim_qk = dim, .dim_v = dim, .k = fovea::Format::i8_token, .v = fovea::Format::i8_token};
+  fovea::PagedCache paged;
+  fovea::MixedCache mixed;
+  index_t sequence = -1;
+  REQUIRE(paged.create({.rows = rows, .pages = 80, .page_size = 16}).ok());
+  REQUIRE(paged.create_sequence(&sequence).ok());
+  REQUIRE(fovea::append_tokens(paged, 0, x.k.view(), x.v.view()).ok());
+  REQUIRE(mixed.create({.rows = rows, .slots = len}).ok());
+  REQUIRE(fovea::append_tokens(mixed, 0, x.k.view(), x.v.view()).ok());
+  InOrder pool;
+  Result r = unwritten(x.q.view(), x.v.view());
+  const index_t shared = 1024, cu_len_q[] = {0, 3}, each[] = {0, 1}, prefix[] = {shared}, wanted[] = {0};
+  for (const Regime regime : kRegimes) {
+    AttentionOptions options;
+    options.regime = regime;
+    options.causal = Causal::bottom_right;
+    options.lse = r.lse_view();
+    options.executor = {pool, 2};
+    for (const fovea::KvBatch& batch : {paged.batch(), mixed.batch()}) {
+      options.workspace = {};
+      options.len_k = batch.len_k;
+      fovea::Plan plan;
+      REQUIRE(fovea::make_plan(plan, {1, heads, kv_heads, 3, len, dim, dim}, options).ok());
+      std::vector<std::byte> bytes(fovea::workspace_bytes(plan, 2));
+      options.workspace = bytes;
+      fovea::Status status;
+      CHECK(allocations_of([&] { status = attend_all(plan, x.q.view(), batch.kv, r.out.view(), options); }) == 0);
+      INFO(status.message());
+      CHECK(status.ok());
+    }
+    // The same keys as two levels.
+    fovea::PageLists lists;
+    fovea::KvBatch first, own;
+    REQUIRE(paged.csr(wanted, &first).ok());
+    REQUIRE(paged.csr(wanted, shared, lists, &own).ok());
+    CHECK(allocations_of([&] { static_cast<void>(paged.csr(wanted, shared, lists, &own)); }) == 0);
+    const fovea::CascadeLevel levels[] = {{first.kv, each, prefix}, {own.kv, each, own.len_k}};
+    options.workspace = {};
+    options.len_k = {};
+    options.cu_len_q = cu_len_q;
+    fovea::CascadePlan plan;
+    const fovea::AttentionShape shape{1, heads, kv_heads, 3, 0, dim, dim};
+    REQUIRE(fovea::make_plan(plan, shape, levels, options).ok());
+    fovea::Status status;
+    CHECK(allocations_of([&] { status = fovea::make_plan(plan, shape, levels, options); }) == 0);
+    CHECK(status.ok());
+    std::vector<std::byte> bytes(fovea::workspace_bytes(plan, 2));
+    const auto call = [&] { status = cascade_all(x.q.view(), levels, r.out.view(), options); };
+    call();
+    CHECK(allocations_of(call) == 0);
+    options.workspace = bytes;
+    CHECK(allocations_of([&] { status = cascade_all(plan, x.q.view(), levels, r.out.view(), options); }) == 0);
+    INFO(status.message());
+    CHECK(status.ok());
+  }
+}
+
+TEST_CASE("MLA with a plan and the caller's workspace allocates nothing", "[allocation][mla]") {
+  const fovea::MlaDims dims{4, 8, 4, 20, 12};
+  const index_t len_q[] = {1, 9}, keys = 1100;
+  std::vector<fovea::bf16> rows(static_cast<std::size_t>(2 * keys * 24)), kv_b(static_cast<std::size_t>(4 * 20 * 20));
+  Random random(136);
+  for (auto* numbers : {&rows, &kv_b}) {
+    for (fovea::bf16& number : *numbers) number = fovea::convert<fovea::bf16>(random.uniform(-1, 1));
+  }
+  const Values q = random_values(137, 1, dims.heads, 10, 12);
+  Values out(1, dims.heads, 10, 12);
+  const index_t len_k[] = {keys, keys}, cu_len_q[] = {0, len_q[0], len_q[0] + len_q[1]};
+  InOrder pool;
+  AttentionOptions options;
+  options.causal = Causal::bottom_right;
+  options.len_k = len_k;
+  options.cu_len_q = cu_len_q;
+  options.executor = {pool, 2};
+  const fovea::Kv latents = fovea::latent_kv(rows.data(), fovea::Format::bf16, dims, 2, keys);
+  const Tensor<const fovea::bf16> weights = fovea::bhsd<const fovea::bf16>(kv_b.data(), 1, dims.heads, 20, 20);
+  for (const fovea::MlaForm form : {fovea::MlaForm::absorbed, fovea::MlaForm::expanded}) {
+    fovea::MlaPlan plan;
+    options.workspace = {};
+    REQUIRE(fovea::make_plan(plan, {dims, 1, 10, keys, fovea::Format::bf16}, options, form).ok());
+    std::vector<std::byte> bytes(fovea::workspace_bytes(plan, 2));
+    options.workspace = bytes;
+    fovea::Status status;
+    CHECK(allocations_of([&] {
+            status = fovea::mla<fovea::Formats<fovea::Format::bf16>>(plan, q.view(), weights, latents, out.view(), options);
+          }) == 0);
+    INFO(status.message());
+    CHECK(status.ok());
+  }
 }
 
 TEST_CASE("supports, merge and every refusal allocate nothing", "[allocation]") {

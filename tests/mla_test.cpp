@@ -158,6 +158,13 @@ Wanted reference(Problem& p, const AttentionOptions& options, std::vector<index_
   const auto rows = heads.size() * static_cast<std::size_t>(tokens), numbers = rows * static_cast<std::size_t>(value);
   Wanted w{heads, std::vector<double>(numbers), std::vector<double>(numbers), std::vector<double>(rows),
            std::vector<double>(rows), std::vector<double>(numbers), std::vector<double>(rows)};
+  std::vector<std::vector<double>> latents;   // [sequence][key, number]: decoded once for all heads
+  for (index_t s = 0; s < p.sequences(); ++s) {
+    latents.emplace_back();
+    for (index_t j = 0; j < p.len_k[static_cast<std::size_t>(s)]; ++j) {
+      for (index_t d = 0; d < p.row_dim(); ++d) latents.back().push_back(p.latent(s, j, d));
+    }
+  }
   for (std::size_t n = 0; n < heads.size(); ++n) {
     MlaDims one = p.dims;
     one.heads = 1;
@@ -174,7 +181,10 @@ Wanted reference(Problem& p, const AttentionOptions& options, std::vector<index_
     fovea::reference::mla(
         fovea::bhsd<const double>(q.data(), 1, 1, tokens, p.q_dim()),
         fovea::bhsd<const double>(kv_b.data(), 1, 1, p.dims.nope + value, p.dims.latent),
-        [&](index_t s, index_t j, index_t d) { return p.latent(s, j, d); }, p.len_k, one,
+        [&](index_t s, index_t j, index_t d) {
+          return latents[static_cast<std::size_t>(s)][static_cast<std::size_t>(j * p.row_dim() + d)];
+        },
+        p.len_k, one,
         fovea::bhsd(out, 1, 1, tokens, value), head_options, View<double, 3>{lse, {1, 1, tokens}, {0, 0, 1}},
         [&](const fovea::reference::MlaRow& row) {
           const double factors = static_cast<double>(p.dims.nope + p.dims.latent + p.dims.rope) + 8;
