@@ -107,13 +107,13 @@ MlaMatrix rows_of(const MlaMatrix& x, index_t first, index_t count) {
 template <class Cache>
 fovea::Status step(const Layer& layer, const MlaMatrix& x, std::vector<index_t> cu, Cache& cache, std::vector<float>& y,
                    fovea::MlaForm form = fovea::MlaForm::automatic, fovea::AttentionOptions options = {},
-                   std::span<const index_t> positions = {}) {
+                   std::span<const index_t> positions = {}, const fovea::MlaPlan* plan = nullptr) {
   std::vector<float> input(x.data.begin(), x.data.end());
   y.assign(input.size(), test::canary());
   options.cu_len_q = cu;
   test::PoisonedBytes workspace(fovea::mla_block_bytes(layer.block, x.rows, options.executor.lanes()), 3);
   const fovea::Status status = fovea::mla_block(
-      layer.block, fovea::bhsd<const float>(input.data(), 1, 1, x.rows, x.columns), cache, Attention{form, nullptr},
+      layer.block, fovea::bhsd<const float>(input.data(), 1, 1, x.rows, x.columns), cache, Attention{form, plan},
       fovea::bhsd(y.data(), 1, 1, x.rows, x.columns), options, workspace.bytes(), positions);
   CHECK(workspace.guards_intact());
   return status;
@@ -201,7 +201,8 @@ TEST_CASE("the MLA layer on a ragged batch over pages, both forms, any number of
   for (const Format format : {Format::bf16, Format::i8_token, Format::e4m3}) {
     INFO(fovea::name_of(format));
     std::vector<std::vector<float>> results;
-    for (const fovea::MlaForm form : {fovea::MlaForm::absorbed, fovea::MlaForm::expanded, fovea::MlaForm::absorbed}) {
+    using fovea::MlaForm;
+    for (const MlaForm form : {MlaForm::absorbed, MlaForm::expanded, MlaForm::absorbed, MlaForm::absorbed}) {
       fovea::PagedCache cache;
       REQUIRE(
           cache.create({.rows = cache_rows(dims, format), .pages = 12, .page_size = 4, .sequences = 4, .poison = true})
@@ -216,7 +217,16 @@ TEST_CASE("the MLA layer on a ragged batch over pages, both forms, any number of
       fovea::AttentionOptions options;
       test::ThreadPerLane threads;
       if (results.size() == 2) options.executor = fovea::Executor(threads, 3);
-      const fovea::Status status = step(layer, x, cu, cache, y, form, options);
+      // One plan for all layers of the step, by the lengths behind the append.
+      fovea::MlaPlan plan;
+      const index_t len_k[] = {5, 3, 8, 4};
+      fovea::AttentionOptions planned = options;
+      planned.causal = fovea::Causal::bottom_right;
+      planned.scale = layer.block.scale;
+      planned.cu_len_q = cu;
+      planned.len_k = len_k;
+      REQUIRE(make_plan(plan, {dims, 1, 9, 8, format}, planned, form).ok());
+      const fovea::Status status = step(layer, x, cu, cache, y, form, options, {}, results.size() == 3 ? &plan : nullptr);
       INFO(status.message());
       REQUIRE(status.ok());
       results.push_back(y);
@@ -246,7 +256,28 @@ TEST_CASE("the MLA layer on a ragged batch over pages, both forms, any number of
       }
     }
     CHECK(std::memcmp(results[0].data(), results[2].data(), 4 * results[0].size()) == 0);
+    CHECK(std::memcmp(results[0].data(), results[3].data(), 4 * results[0].size()) == 0);
   }
+}
+
+TEST_CASE("an MLA layer whose plan is of another step is refused and takes its tokens back", "[mla][modules][errors]") {
+  const MlaDims dims{4, 24, 16, 40, 20};
+  const Layer layer(dims, 48, 32, 3);
+  fovea::ContiguousCache cache;
+  REQUIRE(cache.create({.rows = cache_rows(dims, Format::bf16), .sequences = 1, .slots = 8, .poison = true}).ok());
+  fovea::AttentionOptions options;
+  options.causal = fovea::Causal::bottom_right;
+  options.scale = layer.block.scale;
+  fovea::MlaPlan plan;
+  REQUIRE(make_plan(plan, {dims, 1, 2, 3, Format::bf16}, options).ok());
+  std::vector<float> y;
+  const fovea::Status status =
+      step(layer, tokens_of(2, 48, 12), {0, 2}, cache, y, fovea::MlaForm::automatic, {}, {}, &plan);
+  CHECK_THAT(std::string(status.message()),
+             Catch::Matchers::ContainsSubstring("planned as 2 queries from position 1 and 3 keys, the call has 2, 0, 2"));
+  CHECK(cache.len(0) == 0);
+  CHECK(cache.check().ok());
+  for (const float number : y) CHECK(test::is_canary(number));
 }
 
 TEST_CASE("the slips an MLA layer could make are far beyond its tolerance", "[mla][modules]") {
