@@ -125,23 +125,20 @@ int main(int argc, char** argv) {
   CLI::Option* const window =
       app.add_option("--window", kv.window, "keep only so many of the last tokens and the first, and write without end")
           ->check(CLI::Range(Index{1}, Index{1} << 20));
-  CLI::Option* const sinks = app.add_option("--sink", kv.sinks, "first tokens to keep, with --window or --mixed, else 4")
-                                 ->check(CLI::Range(Index{0}, Index{1} << 20));
+  CLI::Option* const sinks =
+      app.add_option("--sink", kv.sinks, "first tokens to keep beside those of --window (alone: the last 64) or --mixed, else 4")
+          ->check(CLI::Range(Index{0}, Index{1} << 20));
   app.add_flag("--mixed", mixed, "the first 4 and the last 64 tokens in bf16, the others in --kv")->excludes(paged);
-  paged->excludes(window);
+  paged->excludes(window)->excludes(sinks);
   app.add_option("--perplexity", evaluated,
                  "print what each format costs on a text file, or on the model's own held-out text: held-out");
   app.add_flag("--compare", compare, "print speeds instead of text");
   CLI11_PARSE(app, argc, argv);
   kv.format = *generate::format_named(format);
-  kv.home = mixed             ? generate::KvHome::mixed
-            : window->count() ? generate::KvHome::ring
-            : paged->count()  ? generate::KvHome::paged
-                              : generate::KvHome::contiguous;
-  if (sinks->count() && !mixed && !window->count()) {
-    std::fprintf(stderr, "--sink needs --window or --mixed\n");
-    return 1;
-  }
+  kv.home = mixed                               ? generate::KvHome::mixed
+            : window->count() || sinks->count() ? generate::KvHome::ring
+            : paged->count()                    ? generate::KvHome::paged
+                                                : generate::KvHome::contiguous;
 
   auto model = generate::load_model(directory);
   if (!model) {
