@@ -6,6 +6,9 @@
 #include "fovea/reference/gated_delta.hpp"
 #include "fovea/reference/gla.hpp"
 #include "fovea/reference/kda.hpp"
+#include "fovea/reference/linear.hpp"
+#include "fovea/reference/mamba2.hpp"
+#include "fovea/reference/retention.hpp"
 #include "fovea/reference/simple_gla.hpp"
 #include "reference/recurrent_golden.hpp"
 #include "support/executors.hpp"
@@ -29,7 +32,7 @@ using fovea::View;
 
 namespace {
 
-enum class Mechanism { gated_delta, kda, delta, simple_gla, gla };
+enum class Mechanism { gated_delta, kda, delta, simple_gla, gla, linear, retention, mamba2 };
 
 struct Kind {
   Mechanism mechanism;
@@ -42,8 +45,10 @@ struct Kind {
   index_t states() const { return std::max(k_heads, v_heads); }
   index_t outs() const { return std::max(q_heads, states()); }
   bool by_channel() const { return mechanism == Mechanism::kda || mechanism == Mechanism::gla; }
-  bool additive() const { return mechanism == Mechanism::simple_gla || mechanism == Mechanism::gla; }
-  bool decays() const { return mechanism != Mechanism::delta; }
+  bool additive() const { return mechanism >= Mechanism::simple_gla; }
+  bool decays() const { return mechanism != Mechanism::delta && mechanism != Mechanism::linear; }
+  bool has_beta() const { return !additive() || mechanism == Mechanism::mamba2; }
+  bool shares_gates() const { return mechanism == Mechanism::retention; }   // one per head
   index_t gates() const { return by_channel() ? dim_k : 1; }
   index_t betas() const { return channel_beta ? dim_v : 1; }
   ReplayRule rule() const { return additive() ? ReplayRule::additive : ReplayRule::delta; }
@@ -65,6 +70,13 @@ struct Owned {
   }
 };
 
+double rate_of(index_t head) { return -0.5 - static_cast<double>(head); }   // A of Mamba-2
+double gamma_of(const Kind& kind, index_t head) {
+  const double gamma = fovea::reference::retention_gamma(head);
+  return kind.form == DecayForm::log ? std::log(gamma) : gamma;
+}
+double skip_of(index_t head, index_t channel) { return 0.5 + 0.25 * static_cast<double>(head - channel); }   // D of Mamba-2
+
 // The inputs of `len` tokens of `batch` sequences.
 struct Inputs {
   Owned<float> q, k, v, gate, beta;
@@ -73,7 +85,7 @@ struct Inputs {
       : q(batch, kind.q_heads, len, kind.dim_k),
         k(batch, kind.k_heads, len, kind.dim_k),
         v(batch, kind.v_heads, len, kind.dim_v),
-        gate(batch, kind.states(), len, kind.gates()),
+        gate(kind.shares_gates() ? 1 : batch, kind.states(), kind.shares_gates() ? 1 : len, kind.gates()),
         beta(batch, kind.states(), len, kind.betas()) {}
 
   // Keys of length 1, gates with resets (a factor of 0), beta from 0 to 2.
@@ -92,21 +104,27 @@ struct Inputs {
       number = random.one_in(10) ? -HUGE_VALF : random.one_in(10) ? -100.f : random.uniform(-1.f, 0.f);
       if (kind.form == DecayForm::alpha) number = random.one_in(10) ? 0.f : random.uniform(0.f, 1.f);
     }
+    if (kind.shares_gates())   // gammas of the paper
+      for (index_t h = 0; h < kind.states(); ++h) x.gate.view()(0, h, 0, 0) = static_cast<float>(gamma_of(kind, h));
     for (float& number : x.beta.data) number = random.one_in(8) ? random.pick({0.f, 1.f, 2.f}) : random.uniform(0.f, 1.f);
+    if (kind.mechanism == Mechanism::mamba2)   // beta is dt, the gate dt A
+      for (std::size_t n = 0; n < x.gate.data.size(); ++n)
+        x.gate.data[n] = x.beta.data[n] * static_cast<float>(rate_of(static_cast<index_t>(n) / len % kind.states()));
     return x;
   }
   Decay<float> decay(const Kind& kind) const {
     return kind.decays() ? Decay<float>{gate.view(), kind.form} : Decay<float>{};
   }
-  View<const float, 4> betas(const Kind& kind) const { return kind.additive() ? View<const float, 4>{} : beta.view(); }
+  View<const float, 4> betas(const Kind& kind) const { return kind.has_beta() ? beta.view() : View<const float, 4>{}; }
 
   Inputs tokens(const Kind& kind, index_t begin, index_t end) const {
     Inputs part(kind, q.extent[0], end - begin);
     const auto cut = [&](const Owned<float>& from, Owned<float>& to) {
+      const index_t first = from.extent[2] == q.extent[2] ? begin : 0;   // a gate of all tokens has extent 1
       for (index_t b = 0; b < to.extent[0]; ++b) {
         for (index_t h = 0; h < to.extent[1]; ++h) {
           for (index_t t = 0; t < to.extent[2]; ++t) {
-            for (index_t d = 0; d < to.extent[3]; ++d) to.view()(b, h, t, d) = from.view()(b, h, begin + t, d);
+            for (index_t d = 0; d < to.extent[3]; ++d) to.view()(b, h, t, d) = from.view()(b, h, first + t, d);
           }
         }
       }
@@ -148,6 +166,26 @@ Owned<double> expected(const Kind& kind, const Inputs& x, Owned<double>& state) 
     case Mechanism::gla:
       fovea::reference::gla(q.view(), k.view(), v.view(), decay, out.view(), options);
       break;
+    case Mechanism::linear:
+      fovea::reference::linear(q.view(), k.view(), v.view(), out.view(), {.normalize = false}, options);
+      break;
+    case Mechanism::retention: {
+      std::vector<double> gammas;
+      for (const double number : gate.data) gammas.push_back(kind.form == DecayForm::log ? std::exp(number) : number);
+      fovea::reference::retention(q.view(), k.view(), v.view(), gammas, out.view(), options);
+      break;
+    }
+    case Mechanism::mamba2: {
+      std::vector<double> rates, skips;
+      for (index_t h = 0; h < kind.states(); ++h) {
+        rates.push_back(rate_of(h));
+        for (index_t d = 0; d < kind.dim_v; ++d) skips.push_back(skip_of(h, d));
+      }
+      fovea::reference::mamba2(v.view(), k.view(), q.view(),
+                               {beta.view(), rates, {skips.data(), {kind.states(), kind.dim_v}, {kind.dim_v, 1}}},
+                               out.view(), options);
+      break;
+    }
   }
   state = after;
   return out;
@@ -155,6 +193,7 @@ Owned<double> expected(const Kind& kind, const Inputs& x, Owned<double>& state) 
 
 RecurrentOptions<float> options_of(const Kind& kind) {
   RecurrentOptions<float> options;
+  if (kind.mechanism == Mechanism::mamba2) options.scale = 1.f;
   options.head_map = kind.map;
   return options;
 }
@@ -176,8 +215,15 @@ Status step(StateCache& cache, index_t layer, std::span<const index_t> sequences
             Owned<float>& out, const RecurrentOptions<float>& options) {
   out = Owned<float>(x.q.extent[0], kind.outs(), x.q.extent[2], kind.dim_v);
   std::fill(out.data.begin(), out.data.end(), canary());
-  return fovea::replay_step(cache, layer, sequences, kind.rule(), x.q.view(), x.k.view(), x.v.view(), x.decay(kind),
-                            x.betas(kind), out.view(), options);
+  const Status status = fovea::replay_step(cache, layer, sequences, kind.rule(), x.q.view(), x.k.view(), x.v.view(),
+                                           x.decay(kind), x.betas(kind), out.view(), options);
+  for (index_t h = 0; status.ok() && kind.mechanism == Mechanism::mamba2 && h < kind.outs(); ++h) {   // y += D x
+    for (index_t t = 0; t < x.v.extent[2]; ++t) {
+      for (index_t d = 0; d < kind.dim_v; ++d)
+        out.view()(0, h, t, d) += static_cast<float>(skip_of(h, d)) * x.v.view()(0, h, t, d);
+    }
+  }
+  return status;
 }
 
 // Sums of squares over everything compared: the specification's measure is the relative RMS.
@@ -212,6 +258,11 @@ std::vector<Kind> kinds() {
       {Mechanism::simple_gla, 1, 1, 3, 17, 9, v_first},
       {Mechanism::gla, 4, 2, 2, 6, 33, v_first, HeadMap::blocks, DecayForm::alpha},
       {Mechanism::gla, 2, 2, 2, 5, 2},
+      {Mechanism::linear, 2, 1, 2, 12, 17, v_first},
+      {Mechanism::retention, 2, 2, 2, 18, 5},
+      {Mechanism::retention, 1, 1, 3, 7, 19, v_first, HeadMap::blocks, DecayForm::alpha},
+      {Mechanism::mamba2, 1, 1, 4, 16, 20},   // one group
+      {Mechanism::mamba2, 2, 2, 2, 5, 33, v_first},
   };
 }
 
@@ -282,7 +333,7 @@ TEST_CASE("replay_step is decode, whatever is drafted, accepted, folded and roll
 }
 
 TEST_CASE("replay_step gives the golden values", "[cache][replay]") {
-  for (const char* name : {"gated_delta", "kda", "simple_gla", "gla", "delta"}) {
+  for (const char* name : {"gated_delta", "kda", "simple_gla", "gla", "delta", "linear"}) {
     CAPTURE(name);
     const std::string word = name;
     Kind kind{Mechanism::delta, 1, 1, 1, kGoldenDimK, kGoldenDimV};
@@ -290,6 +341,7 @@ TEST_CASE("replay_step gives the golden values", "[cache][replay]") {
     if (word == "kda") kind.mechanism = Mechanism::kda;
     if (word == "simple_gla") kind.mechanism = Mechanism::simple_gla;
     if (word == "gla") kind.mechanism = Mechanism::gla;
+    if (word == "linear") kind.mechanism = Mechanism::linear;
     const auto golden = std::find_if(std::begin(kRecurrentGoldens), std::end(kRecurrentGoldens),
                                      [&](const RecurrentGolden& each) { return word == each.name; });
     REQUIRE(golden != std::end(kRecurrentGoldens));

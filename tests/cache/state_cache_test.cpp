@@ -2,6 +2,8 @@
 #include "fovea/cache/state_cache.hpp"
 
 #include "catch_compat.hpp"
+#include "fovea/mechanisms/gated_delta.hpp"
+#include "fovea/mechanisms/mlstm.hpp"
 #include "fovea/reference/kda.hpp"
 #include "fovea/reference/short_conv.hpp"
 #include "support/poison.hpp"
@@ -132,11 +134,14 @@ struct Harness {
           for (index_t i = 0; i < history(); ++i) views.conv_final(0, c, i) = input(m, layer, end - history() + i, c);
         }
         if (views.conv_final) continue;
+        // Of a call, by turns as many of the newest as the cache keeps, one more, or all.
+        const bool all = m.steps || end % 3 == 2;
+        const index_t first = all ? now : std::max(now, end - history() - shape.max_draft - end % 3);
         std::vector<float> x;
-        for (index_t t = now; t < end; ++t) {
+        for (index_t t = first; t < end; ++t) {
           for (index_t c = 0; c < shape.conv_channels; ++c) x.push_back(input(m, layer, t, c));
         }
-        if (!cache.keep_inputs(layer, n, fovea::bhsd(x.data(), 1, 1, end - now, shape.conv_channels)).ok())
+        if (!cache.keep_inputs(layer, n, fovea::bhsd(x.data(), 1, 1, end - first, shape.conv_channels)).ok())
           FAIL("keep_inputs");
       }
     }
@@ -413,6 +418,142 @@ TEST_CASE("StateCache: drafts through the short convolution, some of them refuse
   CHECK(std::find(seen.begin(), seen.end(), false) == seen.end());
 }
 
+// A mechanism on the views of two sequences side by side: a prompt, four drafts of which two are right, one of those taken
+// back, and on. What it writes are the bits of the same calls on a tensor of states.
+TEST_CASE("StateCache: gated_delta_net through views, drafted, accepted, rolled back", "[cache][state]") {
+  constexpr index_t kHeads = 2, kDimK = 8, kDimV = 5, kPrompt = 9, kLen = kPrompt + 4;
+  Random random(12);
+  const auto numbers = [&](index_t dim, float low, float high) {
+    std::vector<float> x(static_cast<std::size_t>(2 * kHeads * (kLen + 2) * dim));
+    for (float& number : x) number = random.uniform(low, high);
+    return x;
+  };
+  const std::vector<float> k = numbers(kDimK, -0.4f, 0.4f), v = numbers(kDimV, -1, 1), gate = numbers(1, -1, 0),
+                           beta = numbers(1, 0, 1);
+  // Tokens from `first` on of both sequences; the last two are the wrong drafts.
+  const auto run = [&](index_t first, index_t count, const View<const float, 4>& before, const View<float, 4>& after) {
+    const auto part = [&](const std::vector<float>& x, index_t dim) {
+      return Tensor<const float>{
+          x.data() + first * dim, {2, kHeads, count, dim}, {kHeads * (kLen + 2) * dim, (kLen + 2) * dim, dim, 1}};
+    };
+    std::vector<float> out(static_cast<std::size_t>(2 * kHeads * count * kDimV));
+    const Status status =
+        fovea::gated_delta_net(part(k, kDimK), part(k, kDimK), part(v, kDimV), {part(gate, 1)}, part(beta, 1),
+                               fovea::bhsd(out.data(), 2, kHeads, count, kDimV),
+                               {.layout = StateLayout::v_first, .initial_state = before, .final_state = after});
+    INFO(status.message());
+    REQUIRE(status.ok());
+    return out;
+  };
+  std::vector<float> state(2 * kHeads * kDimK * kDimV);
+  const View<float, 4> straight = fovea::bhsd(state.data(), 2, kHeads, kDimV, kDimK);
+  StateCacheShape shape;
+  shape.sequences = 2;
+  shape.heads = kHeads;
+  shape.dim_k = kDimK;
+  shape.dim_v = kDimV;
+  shape.layout = StateLayout::v_first;
+  shape.max_draft = 4;
+  shape.poison = true;
+  StateCache cache;
+  REQUIRE(cache.create(shape).ok());
+  index_t n = 0;
+  const auto both = [&](auto&& f) {
+    for (index_t sequence = 0; sequence < 2; ++sequence) REQUIRE(f(sequence).ok());
+  };
+  both([&](index_t) { return cache.open(&n); });
+  StateViews views;
+  both([&](index_t sequence) { return cache.begin_call(sequence, kPrompt); });
+  REQUIRE(cache.views(0, 0, &views, 0, 2).ok());
+  CHECK(run(0, kPrompt, views.initial_state, views.final_state) == run(0, kPrompt, straight, straight));
+  both([&](index_t sequence) { return cache.commit(sequence, kPrompt); });
+
+  both([&](index_t sequence) { return cache.begin_steps(sequence, 4); });
+  std::vector<float> drafted;
+  for (index_t draft = 0; draft < 4; ++draft) {
+    REQUIRE(cache.views(0, 0, &views, draft, 2).ok());
+    const std::vector<float> out =
+        run(draft < 2 ? kPrompt + draft : kLen + draft - 2, 1, views.initial_state, views.final_state);
+    if (draft == 0) drafted = out;
+  }
+  both([&](index_t sequence) { return cache.commit(sequence, 2); });
+  both([&](index_t sequence) { return cache.rollback(sequence, 1); });
+  CHECK(drafted == run(kPrompt, 1, straight, straight));
+  for (index_t t = kPrompt + 1; t < kLen; ++t) {
+    both([&](index_t sequence) { return cache.begin_steps(sequence, 1); });
+    REQUIRE(cache.views(0, 0, &views, 0, 2).ok());
+    CHECK(run(t, 1, views.initial_state, views.final_state) == run(t, 1, straight, straight));
+    both([&](index_t sequence) { return cache.commit(sequence, 1); });
+  }
+  for (index_t sequence = 0; sequence < 2; ++sequence) {
+    const float* const kept = cache.state(0, sequence).data;
+    const auto size = static_cast<index_t>(state.size()) / 2;
+    CHECK(std::equal(kept, kept + size, state.begin() + sequence * size));
+  }
+  CHECK(cache.check().ok());
+}
+
+// n and m in `extra`, cut from one view: what a call reads, its states, n and m do not interleave for any number of sequences.
+TEST_CASE("StateCache: mlstm through views, n and m in extra, drafted and rolled back", "[cache][state]") {
+  constexpr index_t kHeads = 2, kDimK = 4, kDimV = 3, kLen = 8;
+  Random random(13);
+  const auto numbers = [&](index_t count) {
+    std::vector<float> x(static_cast<std::size_t>(count));
+    for (float& number : x) number = random.uniform(-1, 1);
+    return x;
+  };
+  const std::vector<float> k = numbers(2 * kHeads * kLen * kDimK), v = numbers(2 * kHeads * kLen * kDimV),
+                           gates = numbers(2 * kHeads * kLen);
+  const auto run = [&](index_t first, index_t count, const StateViews& views) {
+    const auto part = [&](const std::vector<float>& x, index_t dim) {
+      return Tensor<const float>{x.data() + first * dim, {2, kHeads, count, dim}, {kHeads * kLen * dim, kLen * dim, dim, 1}};
+    };
+    const auto m_of = [](const auto& extra) {
+      return View<std::remove_reference_t<decltype(*extra.data)>, 2>{
+          &extra(0, 0, kDimK), {extra.extent[0], extra.extent[1]}, {extra.stride[0], extra.stride[1]}};
+    };
+    fovea::MlstmParameters<float> parameters{.i = part(gates, 1), .f = part(gates, 1)};
+    parameters.initial_n = views.initial_extra, parameters.final_n = views.final_extra;
+    parameters.initial_n.extent[2] = parameters.final_n.extent[2] = kDimK;
+    parameters.initial_m = m_of(views.initial_extra), parameters.final_m = m_of(views.final_extra);
+    std::vector<float> out(static_cast<std::size_t>(2 * kHeads * count * kDimV));
+    const Status status =
+        fovea::mlstm(part(k, kDimK), part(k, kDimK), part(v, kDimV), parameters,
+                     fovea::bhsd(out.data(), 2, kHeads, count, kDimV),
+                     {.initial_state = views.initial_state, .final_state = views.final_state});
+    INFO(status.message());
+    REQUIRE(status.ok());
+    return out;
+  };
+  StateCacheShape shape;
+  shape.sequences = 2;
+  shape.heads = kHeads;
+  shape.dim_k = kDimK;
+  shape.dim_v = kDimV;
+  shape.extra = kDimK + 1;
+  shape.poison = true;
+  StateCache in_place, drafting;
+  REQUIRE(in_place.create(shape).ok());
+  shape.max_draft = 2;
+  REQUIRE(drafting.create(shape).ok());
+  index_t n = 0;
+  for (StateCache* cache : {&in_place, &in_place, &drafting, &drafting}) REQUIRE(cache->open(&n).ok());
+  const auto call = [&](StateCache& cache, index_t first, index_t count) {
+    for (index_t sequence = 0; sequence < 2; ++sequence) REQUIRE(cache.begin_call(sequence, count).ok());
+    StateViews views;
+    REQUIRE(cache.views(0, 0, &views, 0, 2).ok());
+    std::vector<float> out = run(first, count, views);
+    for (index_t sequence = 0; sequence < 2; ++sequence) REQUIRE(cache.commit(sequence, count).ok());
+    return out;
+  };
+  CHECK(call(drafting, 0, 5) == call(in_place, 0, 5));
+  call(drafting, 7, 1);
+  for (index_t sequence = 0; sequence < 2; ++sequence) REQUIRE(drafting.rollback(sequence, 1).ok());
+  CHECK(call(drafting, 5, 1) == call(in_place, 5, 1));
+  CHECK(call(drafting, 6, 2) == call(in_place, 6, 2));
+  CHECK(drafting.check().ok());
+}
+
 TEST_CASE("StateCache: one view for adjacent sequences whose cursors agree", "[cache][state]") {
   StateCacheShape shape;
   shape.layers = 2;
@@ -488,10 +629,20 @@ TEST_CASE("StateCache refuses with the numbers and stays as it was", "[cache][st
   refused(cache.commit(0, 3), Code::invalid_argument, "has begun 2");
   refused(cache.commit(0, 1), Code::invalid_argument, "and 0 inputs");
   std::vector<float> x(9);
-  refused(cache.keep_inputs(0, 0, fovea::bhsd(x.data(), 1, 1, 3, 3)), Code::invalid_argument, "up to 2, 3]");
-  refused(cache.keep_inputs(0, 0, fovea::bhsd(x.data(), 1, 1, 2, 2)), Code::invalid_argument, "up to 2, 3]");
+  refused(cache.keep_inputs(0, 0, fovea::bhsd(x.data(), 1, 1, 3, 3)), Code::invalid_argument, "0 to 2, 3]");
+  refused(cache.keep_inputs(0, 0, fovea::bhsd(x.data(), 1, 1, 2, 2)), Code::invalid_argument, "0 to 2, 3]");
   refused(cache.keep_inputs(0, 0, fovea::bhsd<float>(nullptr, 1, 1, 2, 3)), Code::invalid_argument, "null");
   CHECK(cache.commit(0, 0).ok());
+  // Of a prompt the newest 5, in one part.
+  x.assign(27, 1.f);
+  REQUIRE(cache.begin_call(0, 9).ok());
+  refused(cache.keep_inputs(0, 0, fovea::bhsd(x.data(), 1, 1, 4, 3)), Code::invalid_argument, "5 to 9, 3]");
+  refused(cache.commit(0, 9), Code::invalid_argument, "and 0 inputs");
+  REQUIRE(cache.keep_inputs(0, 0, fovea::bhsd(x.data(), 1, 1, 5, 3)).ok());
+  refused(cache.keep_inputs(0, 0, fovea::bhsd(x.data(), 1, 1, 4, 3)), Code::invalid_argument, "0 to 0, 3]");
+  refused(cache.commit(0, 0), Code::invalid_argument, "needs input -3 of the convolution; the oldest is 4");
+  REQUIRE(cache.close(0).ok());
+  REQUIRE(cache.open(&n).ok());
 
   const auto bad = [&](const StateCacheShape& wrong, Code code, const char* words) {
     refused(cache.create(wrong), code, words);

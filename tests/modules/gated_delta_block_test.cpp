@@ -95,7 +95,7 @@ TEST_CASE("a Gated DeltaNet layer is the recipe in double: ragged, from states, 
       layer.block.negative_eigenvalues = negative;
       for (const StateLayout layout : {StateLayout::k_first, StateLayout::v_first}) {
         CAPTURE(s.model, negative, static_cast<int>(layout));
-        check_recipe(layer, negative ? s.width : std::max<index_t>(s.width - 1, 1), layout);
+        check_recipe(layer, negative ? s.width + 3 : std::max<index_t>(s.width - 1, 1), layout);
       }
     }
   }
@@ -149,6 +149,11 @@ TEST_CASE("a Gated DeltaNet layer: a batch and a ragged batch are the sequences 
   CHECK(rounded);
 }
 
+TEST_CASE("a Gated DeltaNet layer: drafts and rollback in a StateCache, by a ring of states and by replay",
+          "[recurrent][modules][cache]") {
+  check_cache(Layer(24, 2, 4, 8, 12), StateLayout::v_first, false);
+}
+
 TEST_CASE("a Gated DeltaNet layer has the same bits on one lane and on three", "[recurrent][modules][bits]") {
   check_lanes(Layer(24, 2, 4, 8, 12));
 }
@@ -176,7 +181,8 @@ TEST_CASE("a Gated DeltaNet layer that is refused leaves y and its states alone"
   check([](auto& call) { call.block.weights.out.format = fovea::Format::f64; }, "out is f64");
   check([](auto& call) { call.x.extent[3] = 23; }, "x is [1, 1, 3, 23], must be [batch, 1, pos, 24]");
   check([](auto& call) { call.y.extent[2] = 2; }, "y is [1, 1, 2, 24]");
-  check([](auto& call) { call.conv.final.extent[2] = 5; }, "conv.final keeps 5 inputs, must be 3 or 4");
+  check([](auto& call) { call.conv.final.extent[2] = 2; }, "conv.final keeps 2 inputs, a width of 4 needs 3");
+  check([](auto& call) { call.conv.initial.extent[2] = 2; }, "conv.initial keeps 2 inputs, a width of 4 needs 3");
   check([](auto& call) { call.conv.initial.extent[1] = 5; }, "conv.initial has extent 5 on axis 1");
   check([](auto& call) { call.options.final_state.extent[1] = 2; }, "final_state has extent 2 on axis 1, must be 4");
   check([](auto& call) { call.options.head_map = fovea::HeadMap::tiled; }, "head_map is blocks");

@@ -133,7 +133,7 @@ TEST_CASE("a KDA layer is the recipe in double: gates, ranks, bias, ragged, from
     for (const StateLayout layout : {StateLayout::k_first, StateLayout::v_first}) {
       layer.block.negative_eigenvalues = layout == StateLayout::v_first;
       CAPTURE(shape.model, shape.bounded, shape.biased, shape.plain_gate, static_cast<int>(layout));
-      check_recipe(layer, layout == StateLayout::v_first ? shape.width : std::max<index_t>(shape.width - 1, 1), layout);
+      check_recipe(layer, layout == StateLayout::v_first ? shape.width + 3 : std::max<index_t>(shape.width - 1, 1), layout);
     }
   }
 }
@@ -168,6 +168,11 @@ TEST_CASE("a KDA layer: members of a ragged batch are the sequences alone, a bat
   CHECK(distance(both, y) < kClose);
   CHECK(distance(states.s, empty.s) < kClose);
   CHECK(states.conv == empty.conv);
+}
+
+TEST_CASE("a KDA layer: drafts and rollback in a StateCache, by a ring of states and by replay",
+          "[recurrent][modules][cache]") {
+  check_cache(Layer(kKimi), StateLayout::k_first, true);
 }
 
 TEST_CASE("a KDA layer has the same bits on one lane and on three", "[recurrent][modules][bits]") {

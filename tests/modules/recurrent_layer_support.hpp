@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "catch_compat.hpp"
+#include "fovea/cache/replay.hpp"
 #include "fovea/modules/recurrent_layer.hpp"
 #include "fovea/reference/recurrence.hpp"
 #include "fovea/reference/short_conv.hpp"
@@ -195,7 +196,7 @@ Status step(const Layer& layer, const std::vector<float>& x, const std::vector<i
   options.layout = states.layout;
   options.initial_state = options.final_state = states.state_view();
   options.cu_len = cu;
-  test::PoisonedBytes workspace(Layer::bytes(layer.block, count, states.sequences, options.executor.lanes()), 7);
+  test::PoisonedBytes workspace(Layer::bytes(layer.block, count, states.sequences, options.executor.lanes(), states.kept), 7);
   const Status status = Layer::call(layer.block, fovea::bhsd<const float>(x.data(), 1, 1, count, model),
                                     ConvState{states.conv_view(), states.conv_view()},
                                     fovea::bhsd(y.data(), 1, 1, count, model), options, workspace.bytes());
@@ -280,6 +281,130 @@ void check_lanes(const Layer& layer) {
   CHECK(y_one == y_three);
   CHECK(one.s == three.s);
   CHECK(one.conv == three.conv);
+}
+
+// Two of the layer, one behind the other, with their states in a cache.
+template <class Layer>
+struct CachedStack {
+  const Layer& layer;
+  fovea::StateCache cache;
+  index_t sequence = 0;
+
+  CachedStack(const Layer& layer_, const fovea::StateCacheShape& shape) : layer(layer_) {
+    REQUIRE(cache.create(shape).ok());
+    REQUIRE(cache.open(&sequence).ok());
+  }
+  // What was begun, or its token `at_step`.
+  std::vector<float> run(std::vector<float> x, index_t at_step = 0) {
+    const index_t model = layer.block.model, count = static_cast<index_t>(x.size()) / model;
+    const fovea::StateCacheShape& shape = cache.shape();
+    const index_t channels = shape.conv_channels, ring = shape.conv_width - 1 + shape.max_draft;
+    for (index_t n = 0; n < shape.layers; ++n) {
+      fovea::StateViews views;
+      REQUIRE(cache.views(n, sequence, &views, at_step).ok());
+      std::vector<float> y(x.size(), test::canary()), inputs(at(ring * channels), test::canary());
+      const ConvState conv{views.conv_initial, {inputs.data(), {1, channels, ring}, {ring * channels, 1, channels}}};
+      RecurrentOptions<float> options;
+      options.layout = shape.layout;
+      options.initial_state = views.initial_state;
+      options.final_state = views.final_state;
+      test::PoisonedBytes workspace(Layer::bytes(layer.block, count, 1, 1, ring), 7);
+      const auto in = fovea::bhsd<const float>(x.data(), 1, 1, count, model);
+      const auto out = fovea::bhsd(y.data(), 1, 1, count, model);
+      const auto replayed = [&](const Operand& q, const Operand& k, const Operand& v, const fovea::Decay<float>& decay,
+                                const View<const float, 4>& beta, const Result& o, const RecurrentOptions<float>& how) {
+        return fovea::replay_step(cache, n, {&sequence, 1}, fovea::ReplayRule::delta, q, k, v, decay, beta, o, how);
+      };
+      const Status status = cache.replays() && cache.steps_begun(sequence)
+                                ? Layer::call(layer.block, in, conv, out, options, workspace.bytes(), replayed)
+                                : Layer::call(layer.block, in, conv, out, options, workspace.bytes());
+      INFO(status.message());
+      REQUIRE(status.ok());
+      CHECK(workspace.guards_intact());
+      const index_t kept = std::min(count, ring);
+      REQUIRE(cache.keep_inputs(n, sequence, fovea::bhsd(inputs.data() + (ring - kept) * channels, 1, 1, kept, channels)).ok());
+      x = y;
+    }
+    return x;
+  }
+  std::vector<float> call(const std::vector<float>& x) {
+    const index_t count = static_cast<index_t>(x.size()) / layer.block.model;
+    REQUIRE(cache.begin_call(sequence, count).ok());
+    std::vector<float> y = run(x);
+    REQUIRE(cache.commit(sequence, count).ok());
+    return y;
+  }
+  // The outputs of all drafts, of which the first `accepted` stay.
+  std::vector<float> drafts(const std::vector<float>& x, index_t accepted) {
+    const index_t model = layer.block.model, count = static_cast<index_t>(x.size()) / model;
+    REQUIRE(cache.begin_steps(sequence, count).ok());
+    std::vector<float> y;
+    if (cache.replays()) {
+      y = run(x);
+    } else {
+      for (index_t t = 0; t < count; ++t) {
+        const std::vector<float> one = run(part(x, model, t, t + 1), t);
+        y.insert(y.end(), one.begin(), one.end());
+      }
+    }
+    REQUIRE(cache.commit(sequence, accepted).ok());
+    return y;
+  }
+};
+
+// A prompt longer than all inputs that the cache keeps, four drafts of which two are right, one token taken back, and on by
+// other tokens and a second, short prompt: the outputs and states of a stack that has seen nothing else. A ring of states goes
+// through the same calls, so its bits are the same; replay has the error of fp32.
+template <class Layer>
+void check_cache(const Layer& layer, StateLayout layout, bool channel_decay) {
+  const index_t model = layer.block.model, prompt = 13;
+  const States<float> empty = layer.states(1, 3, layout);
+  const std::vector<float> text = tokens(prompt + 9 + 2, model, 20), wrong = tokens(4, model, 21);
+  const auto of_text = [&](index_t begin, index_t end) { return part(text, model, begin, end); };
+  std::vector<States<float>> states{empty, empty};
+  const auto straight = [&](std::vector<float> x) {
+    for (States<float>& each : states) {
+      std::vector<float> y;
+      REQUIRE(step(layer, x, {0, static_cast<index_t>(x.size()) / model}, each, y).ok());
+      x = y;
+    }
+    return x;
+  };
+  for (const index_t replay : {0, 4}) {
+    CAPTURE(replay);
+    const auto same = [&](const auto& a, const auto& b) { CHECK((replay == 0 ? a == b : distance(a, b) < kClose)); };
+    fovea::StateCacheShape shape;
+    shape.layers = 2;
+    shape.heads = empty.heads, shape.dim_k = empty.dim_k, shape.dim_v = empty.dim_v, shape.layout = layout;
+    shape.conv_channels = empty.channels;
+    shape.max_draft = 4, shape.replay = replay;
+    shape.channel_decay = channel_decay;
+    shape.poison = true;
+    CachedStack<Layer> cached(layer, shape);
+    states = {empty, empty};
+    CHECK(cached.call(of_text(0, prompt)) == straight(of_text(0, prompt)));
+
+    std::vector<float> right = of_text(prompt, prompt + 2);
+    right.insert(right.end(), wrong.begin(), wrong.begin() + 2 * model);
+    const std::vector<float> drafted = cached.drafts(right, 2);
+    REQUIRE(cached.cache.rollback(cached.sequence, 1).ok());
+    same(part(drafted, model, 0, 1), straight(of_text(prompt, prompt + 1)));
+    for (index_t t = prompt + 1; t < prompt + 9; ++t) {   // the buffer has room for 8 tokens, so replay folds once
+      std::vector<float> two = of_text(t, t + 1);
+      two.insert(two.end(), wrong.begin() + 2 * model, wrong.begin() + 3 * model);
+      same(part(cached.drafts(two, 1), model, 0, 1), straight(of_text(t, t + 1)));
+    }
+    CHECK(cached.cache.checkpoint(cached.sequence) == (replay > 0 ? prompt + 3 : 0));
+    if (replay > 0) REQUIRE(fovea::replay_fold(cached.cache, cached.sequence).ok());
+    same(cached.call(of_text(prompt + 9, prompt + 11)), straight(of_text(prompt + 9, prompt + 11)));
+    CHECK(cached.cache.len(cached.sequence) == prompt + 11);
+    CHECK(cached.cache.check().ok());
+    for (index_t n = 0; n < 2; ++n) {
+      const View<float, 4> state = cached.cache.state(n, cached.sequence);
+      const std::vector<float>& wanted = states[at(n)].s;
+      same(std::vector<float>(state.data, state.data + wanted.size()), wanted);
+    }
+  }
 }
 
 // What a test of refusals may change.

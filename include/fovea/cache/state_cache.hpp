@@ -30,7 +30,7 @@ struct StateCacheShape {
 struct StateViews {
   View<const float, 4> initial_state = {};   // [sequence, head, dim_k, dim_v] or as the layout says
   View<float, 4> final_state = {};
-  View<const float, 3> initial_extra = {};   // [sequence, head, extra]
+  View<const float, 3> initial_extra = {};   // [sequence, head, extra]; parts of the last axis do not interleave in memory
   View<float, 3> final_extra = {};
   View<const float, 3> conv_initial = {};   // [sequence, channel, width - 1]
   View<float, 3> conv_final = {};           // the same memory if max_draft is 0; otherwise null: keep_inputs() does it
@@ -101,7 +101,7 @@ class StateCache {
     s.sequence[n] = {.open = true, .oldest_input = -s.inputs.history};
     forget_slots(n, 0);
     for (index_t layer = 0; layer < s.shape.layers; ++layer) {
-      zero(slot(layer, n, 0), s.slot_numbers);
+      each_run_of_slot(layer, n, 0, zero);
       zero(inputs(layer, n), s.inputs.rows * s.shape.conv_channels);
     }
     set_layers(n, 0, 0);
@@ -182,14 +182,12 @@ class StateCache {
     }
     *to = {};
     if (!replays() || !one.steps) {
-      float* const before = slot(layer, first, turned(one.slot, step));
-      float* const after = slot(layer, first, turned(one.slot, step + 1));
-      to->initial_state = as_const(state_view(before, count));
-      to->final_state = state_view(after, count);
+      const index_t before = turned(one.slot, step), after = turned(one.slot, step + 1);
+      to->initial_state = as_const(state_view(layer, first, before, count));
+      to->final_state = state_view(layer, first, after, count);
       if (s.shape.extra > 0) {
-        to->final_extra = extra_view(after, count);
-        const View<float, 3> extra = extra_view(before, count);
-        to->initial_extra = {extra.data, extra.extent, extra.stride};
+        to->initial_extra = as_const(extra_view(layer, first, before, count));
+        to->final_extra = extra_view(layer, first, after, count);
       }
     }
     if (s.shape.conv_channels > 0) {
@@ -202,11 +200,13 @@ class StateCache {
     return {};
   }
 
-  // The convolution's inputs of the next tokens that were begun, x [1, 1, pos, channel]; after the convolution has read its
-  // history. Only with max_draft > 0.
+  // The convolution's inputs x [1, 1, pos, channel], after the convolution has read its history; only with max_draft > 0.
+  // After begin_steps those of the next tokens, in any parts. After begin_call all of them or the newest, in one part: the
+  // last conv_width - 1 + max_draft suffice, which is what a layer can hand out (ConvState::final of so many inputs).
   Status keep_inputs(index_t layer, index_t sequence, const Operand& x) {
     if (Status status = first_error({check_layer(layer), check_open(sequence)}); !status.ok()) return status;
     const State& s = owned_.state;
+    const Sequence& mine = s.sequence[sequence];
     const index_t channels = s.shape.conv_channels, count = x.extent[2];
     if (s.shape.max_draft == 0 || channels == 0) {
       return Status::error(Code::unsupported, "cache: %td channels and a max_draft of %td: no inputs to keep", channels,
@@ -216,11 +216,14 @@ class StateCache {
       return Status::error(Code::invalid_argument, "cache: inputs are numbers in f32, f64, bf16 or f16 at a place not null");
     }
     index_t& kept = s.kept[place(layer, sequence)];
-    const index_t end = s.sequence[sequence].len + s.sequence[sequence].begun;
-    if (x.extent[0] != 1 || x.extent[1] != 1 || x.extent[3] != channels || count < 0 || count > end - kept) {
-      return Status::error(Code::invalid_argument, "cache: inputs are [%td, %td, %td, %td], must be [1, 1, up to %td, %td]",
-                           x.extent[0], x.extent[1], count, x.extent[3], end - kept, channels);
+    const index_t most = std::max(index_t{0}, mine.len + mine.begun - kept);
+    const index_t least = mine.steps ? 0 : std::min(most, s.inputs.ring);
+    if (x.extent[0] != 1 || x.extent[1] != 1 || x.extent[3] != channels || count < least || count > most) {
+      return Status::error(Code::invalid_argument,
+                           "cache: inputs are [%td, %td, %td, %td], must be [1, 1, %td to %td, %td]", x.extent[0],
+                           x.extent[1], count, x.extent[3], least, most, channels);
     }
+    if (!mine.steps) kept += most - count;
     const index_t number = row_bytes(x.format, 1);
     for (index_t t = std::max(index_t{0}, count - s.inputs.ring); t < count; ++t) {
       float* const row = inputs(layer, sequence) + s.inputs.row(kept + t) * channels;
@@ -279,7 +282,11 @@ class StateCache {
     s.snapshot[n] = {true, mine.len, mine.checkpoint};
     const index_t channels = s.shape.conv_channels;
     for (index_t layer = 0; layer < s.shape.layers; ++layer) {
-      copy(slot(layer, sequence, mine.slot), saved_slot(layer, n), s.slot_numbers);
+      float* to = saved_slot(layer, n);
+      each_run_of_slot(layer, sequence, mine.slot, [&](const float* from, index_t count) {
+        copy(from, to, count);
+        to += count;
+      });
       copy_tokens(layer, sequence, s.shape.sequences + n, mine.len);
       if (channels > 0)
         copy(inputs(layer, sequence) + s.inputs.window(mine.len) * channels, saved_inputs(layer, n),
@@ -300,7 +307,11 @@ class StateCache {
     forget_slots(sequence, saved.len);
     const index_t channels = s.shape.conv_channels;
     for (index_t layer = 0; layer < s.shape.layers; ++layer) {
-      copy(saved_slot(layer, snapshot), slot(layer, sequence, 0), s.slot_numbers);
+      const float* from = saved_slot(layer, snapshot);
+      each_run_of_slot(layer, sequence, 0, [&](float* to, index_t count) {
+        copy(from, to, count);
+        from += count;
+      });
       copy_tokens(layer, s.shape.sequences + snapshot, sequence, saved.len);
       for (index_t row = 0; channels > 0 && row < s.inputs.history; ++row) {
         const index_t input = saved.len - s.inputs.history + row;
@@ -355,11 +366,11 @@ class StateCache {
   // checkpoint.
   View<float, 4> state(index_t layer, index_t sequence) const {
     FOVEA_ASSERT(is_open(sequence) && layer >= 0 && layer < shape().layers);
-    return state_view(slot(layer, sequence, owned_.state.sequence[sequence].slot), 1);
+    return state_view(layer, sequence, owned_.state.sequence[sequence].slot, 1);
   }
   View<float, 3> extra(index_t layer, index_t sequence) const {   // [1, head, extra]
     FOVEA_ASSERT(is_open(sequence) && layer >= 0 && layer < shape().layers);
-    return extra_view(slot(layer, sequence, owned_.state.sequence[sequence].slot), 1);
+    return extra_view(layer, sequence, owned_.state.sequence[sequence].slot, 1);
   }
 
   // For cache/replay.hpp. `folded` tokens are in a layer's checkpoint, `checkpoint` should be; `done` tokens are in its
@@ -445,12 +456,15 @@ class StateCache {
     InputPlaces inputs;
     ReplayTokens tokens;        // of the first head
     index_t slots = 1;          // states per sequence
-    index_t slot_numbers = 0;   // a state of all heads and its extra
+    index_t state_numbers = 0;   // a state of all heads, padded
     index_t capacity = 0;       // replayed tokens per sequence
     index_t free_sequence_count = 0, free_snapshot_count = 0, number_count = 0;
     float* numbers = nullptr;       // everything below up to the bookkeeping, number_count in one run
-    float* states = nullptr;        // [layer, sequence, slot, slot_numbers]
-    float* saved = nullptr;         // [layer, snapshot, slot_numbers]
+    // Slots outside of sequences, numbers beside the states outside of everything else: then what a call over adjacent
+    // sequences reads and what it writes are ranges of memory that do not interleave, which mechanisms refuse.
+    float* states = nullptr;        // [layer, slot, sequence, state_numbers]
+    float* extras = nullptr;        // [layer, slot, extra, sequence, head]
+    float* saved = nullptr;         // [layer, snapshot, saved_numbers()]
     float* conv = nullptr;          // [layer, sequence, row, channel]
     float* saved_conv = nullptr;    // [layer, snapshot, history, channel]
     Sequence* sequence = nullptr;   // [sequence]
@@ -507,7 +521,7 @@ class StateCache {
   static void lay_out(Bump& bump, State& s, const StateCacheShape& shape) {
     s.shape = shape;
     s.slots = shape.replay > 0 ? 1 : shape.max_draft + 1;
-    s.slot_numbers = padded(shape.heads * (shape.dim_k * shape.dim_v + shape.extra));
+    s.state_numbers = padded(shape.heads * shape.dim_k * shape.dim_v);
     s.capacity = shape.replay > 0 ? shape.replay + shape.max_draft : 0;
     if (shape.conv_channels > 0) s.inputs = InputPlaces(shape.conv_width, shape.max_draft);
     const index_t layers = shape.layers, members = shape.sequences + shape.snapshots;
@@ -517,8 +531,9 @@ class StateCache {
     s.tokens.value_stride = padded(shape.dim_v);
     s.tokens.capacity = s.capacity;
     const std::size_t before = bump.used();
-    s.states = bump.take<float>(layers * shape.sequences * s.slots * s.slot_numbers);
-    s.saved = bump.take<float>(layers * shape.snapshots * s.slot_numbers);
+    s.states = bump.take<float>(layers * s.slots * shape.sequences * s.state_numbers);
+    s.extras = bump.take<float>(layers * s.slots * shape.extra * shape.sequences * shape.heads);
+    s.saved = bump.take<float>(layers * shape.snapshots * saved_numbers(s));
     s.tokens.keys = bump.take<float>(rows * s.tokens.key_stride);
     s.tokens.decays = bump.take<float>(rows * s.tokens.decay_stride);
     s.tokens.values = bump.take<float>(rows * s.tokens.value_stride);
@@ -540,13 +555,18 @@ class StateCache {
   index_t place(index_t layer, index_t member) const {
     return layer * (owned_.state.shape.sequences + owned_.state.shape.snapshots) + member;
   }
-  float* slot(index_t layer, index_t sequence, index_t at) const {
+  static index_t saved_numbers(const State& s) { return s.state_numbers + s.shape.extra * s.shape.heads; }
+  float* state_at(index_t layer, index_t sequence, index_t at) const {
     const State& s = owned_.state;
-    return s.states + ((layer * s.shape.sequences + sequence) * s.slots + at) * s.slot_numbers;
+    return s.states + ((layer * s.slots + at) * s.shape.sequences + sequence) * s.state_numbers;
+  }
+  float* extra_at(index_t layer, index_t sequence, index_t at) const {
+    const State& s = owned_.state;
+    return s.extras + ((layer * s.slots + at) * s.shape.extra * s.shape.sequences + sequence) * s.shape.heads;
   }
   float* saved_slot(index_t layer, index_t snapshot) const {
     const State& s = owned_.state;
-    return s.saved + (layer * s.shape.snapshots + snapshot) * s.slot_numbers;
+    return s.saved + (layer * s.shape.snapshots + snapshot) * saved_numbers(s);
   }
   float* inputs(index_t layer, index_t sequence) const {
     const State& s = owned_.state;
@@ -558,19 +578,24 @@ class StateCache {
   }
   index_t turned(index_t at, index_t by) const { return (at + by) % owned_.state.slots; }
 
-  View<float, 4> state_view(float* data, index_t count) const {
+  View<float, 4> state_view(index_t layer, index_t first, index_t at, index_t count) const {
     const State& s = owned_.state;
     const bool v_first = s.shape.layout == StateLayout::v_first;
     const index_t rows = v_first ? s.shape.dim_v : s.shape.dim_k, columns = v_first ? s.shape.dim_k : s.shape.dim_v;
-    return {data, {count, s.shape.heads, rows, columns}, {s.slots * s.slot_numbers, rows * columns, columns, 1}};
+    return {state_at(layer, first, at),
+            {count, s.shape.heads, rows, columns},
+            {s.state_numbers, rows * columns, columns, 1}};
   }
-  View<float, 3> extra_view(float* data, index_t count) const {
+  View<float, 3> extra_view(index_t layer, index_t first, index_t at, index_t count) const {
     const State& s = owned_.state;
-    return {data + s.shape.heads * s.shape.dim_k * s.shape.dim_v,
+    return {extra_at(layer, first, at),
             {count, s.shape.heads, s.shape.extra},
-            {s.slots * s.slot_numbers, s.shape.extra, 1}};
+            {s.shape.heads, 1, s.shape.sequences * s.shape.heads}};
   }
-  static View<const float, 4> as_const(const View<float, 4>& view) { return {view.data, view.extent, view.stride}; }
+  template <int Rank>
+  static View<const float, Rank> as_const(const View<float, Rank>& view) {
+    return {view.data, view.extent, view.stride};
+  }
 
   // The row that stands behind the ring once more.
   void mirror(index_t layer, index_t sequence, index_t input) const {
@@ -681,7 +706,7 @@ class StateCache {
   void poison_slot(index_t sequence, index_t at) const {
     const State& s = owned_.state;
     for (index_t layer = 0; s.shape.poison && layer < s.shape.layers; ++layer)
-      poison(slot(layer, sequence, at), s.slot_numbers);
+      each_run_of_slot(layer, sequence, at, [&](float* from, index_t count) { poison(from, count); });
   }
   void poison_token(index_t layer, index_t sequence, index_t token) const {
     const State& s = owned_.state;
@@ -693,7 +718,15 @@ class StateCache {
     }
   }
 
-  // f(numbers, count) for all runs of numbers that belong to a member.
+  // f(numbers, count) for all runs of numbers of one slot of a layer and sequence.
+  template <class F>
+  void each_run_of_slot(index_t layer, index_t sequence, index_t at, F&& f) const {
+    const State& s = owned_.state;
+    f(state_at(layer, sequence, at), s.state_numbers);
+    for (index_t e = 0; e < s.shape.extra; ++e)
+      f(extra_at(layer, sequence, at) + e * s.shape.sequences * s.shape.heads, s.shape.heads);
+  }
+  // The same for everything that belongs to a member.
   template <class F>
   void each_run_of(index_t member, F&& f) const {
     const State& s = owned_.state;
@@ -701,10 +734,10 @@ class StateCache {
     const index_t snapshot = member - s.shape.sequences, channels = s.shape.conv_channels;
     for (index_t layer = 0; layer < s.shape.layers; ++layer) {
       if (is_sequence) {
-        f(slot(layer, member, 0), s.slots * s.slot_numbers);
+        for (index_t at = 0; at < s.slots; ++at) each_run_of_slot(layer, member, at, f);
         f(inputs(layer, member), s.inputs.rows * channels);
       } else {
-        f(saved_slot(layer, snapshot), s.slot_numbers);
+        f(saved_slot(layer, snapshot), saved_numbers(s));
         f(saved_inputs(layer, snapshot), s.inputs.history * channels);
       }
       if (!replays()) continue;
@@ -747,9 +780,12 @@ class StateCache {
     for (index_t at = 0; at < s.slots; ++at) {
       if (tag[at] > end) return false;
       if (tag[at] != kNothing && std::find(tag, tag + at, tag[at]) != tag + at) return false;
+      bool untouched = true;
       for (index_t layer = 0; s.shape.poison && tag[at] == kNothing && layer < s.shape.layers; ++layer) {
-        if (!holds_poison(slot(layer, n, at), s.slot_numbers)) return false;
+        each_run_of_slot(layer, n, at,
+                         [&](const float* from, index_t count) { untouched = untouched && holds_poison(from, count); });
       }
+      if (!untouched) return false;
     }
     return true;
   }

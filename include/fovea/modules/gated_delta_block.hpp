@@ -50,10 +50,10 @@ struct Memory {
   Rows b, a;    // [token, v_heads]
   float *a_log, *dt_bias;
 };
-inline Memory carve(Bump& bump, const GatedDeltaBlock& block, index_t tokens, index_t sequences, int lanes) {
+inline Memory carve(Bump& bump, const GatedDeltaBlock& block, index_t tokens, index_t sequences, int lanes, index_t kept) {
   const auto rows = [&](index_t width) { return Rows{bump.take<float>(tokens * width), width}; };
   Memory memory{};
-  memory.common = carve_common(bump, channels_of(block), width_of(block), tokens, sequences, lanes);
+  memory.common = carve_common(bump, channels_of(block), width_of(block), tokens, sequences, lanes, kept);
   memory.mixed = rows(channels_of(block));
   memory.z = rows(block.v_heads * block.dim_v);
   memory.o = rows(block.v_heads * block.dim_v);
@@ -87,23 +87,25 @@ inline Status check_block(const GatedDeltaBlock& block, door::Memory& memory) {
 
 }   // namespace gated_delta_block_parts
 
-// For up to `tokens` tokens of up to `sequences` sequences in a call.
+// For up to `tokens` tokens of up to `sequences` sequences in a call, and a conv.final of up to `kept` inputs (or width).
 inline std::size_t gated_delta_block_bytes(const GatedDeltaBlock& block, index_t tokens, index_t sequences = 1,
-                                           int lanes = 1) {
+                                           int lanes = 1, index_t kept = 0) {
   Bump bump;
-  gated_delta_block_parts::carve(bump, block, tokens, sequences, lanes);
+  gated_delta_block_parts::carve(bump, block, tokens, sequences, lanes, kept);
   return bump.used() + kAlignment;
 }
 
 // One step of the layer.
 //   x, y        [batch, 1, pos, model], any plain format, any strides; y may be x
-//   conv        [sequence, channel, width - 1 | width]
+//   conv        [sequence, channel, width - 1 or more]
 //   options     for gated_delta_net: states [sequence, v_heads, dim_k, dim_v] (layout), cu_len, form, chunk; its executor
 //               runs the projections too, options.workspace is the recurrence's own. Head mapping is the layer's.
+//   recurrence  Status(q, k, v, decay, beta, out, options), as gated_delta_net: replay_step over a cache, for drafts
 // On error neither y nor a state has changed.
-inline Status gated_delta_block(const GatedDeltaBlock& block, const Operand& x_any, const ConvState& conv,
-                                const Result& y_any, const RecurrentOptions<float>& options,
-                                std::span<std::byte> workspace) {
+template <class Recurrence = decltype(gated_delta_net)>
+Status gated_delta_block(const GatedDeltaBlock& block, const Operand& x_any, const ConvState& conv, const Result& y_any,
+                         const RecurrentOptions<float>& options, std::span<std::byte> workspace,
+                         const Recurrence& recurrence = gated_delta_net) {
   using namespace gated_delta_block_parts;
   const Operand x = door::tidy_operand(x_any);
   const Result y = door::tidy_operand(y_any);
@@ -120,12 +122,11 @@ inline Status gated_delta_block(const GatedDeltaBlock& block, const Operand& x_a
     return s;
   const Executor& executor = options.executor;
   const int lanes = executor.lanes();
-  if (Status s = door::check_workspace(workspace, gated_delta_block_bytes(block, tokens.count(), tokens.sequences, lanes));
-      !s.ok())
-    return s;
+  const std::size_t needed = gated_delta_block_bytes(block, tokens.count(), tokens.sequences, lanes, kept_of(conv));
+  if (Status s = door::check_workspace(workspace, needed); !s.ok()) return s;
 
   Bump bump(aligned(workspace).data());
-  const Memory memory = carve(bump, block, tokens.count(), tokens.sequences, lanes);
+  const Memory memory = carve(bump, block, tokens.count(), tokens.sequences, lanes, kept_of(conv));
   const GatedDeltaBlockWeights& w = block.weights;
   project_tokens(executor, memory.common, tokens.count(), w.in_qkvz, read_tokens(x, tokens),
                  write_pieces(std::array<Piece, 4>{{{block.dim_k, memory.mixed, 0},
@@ -154,7 +155,10 @@ inline Status gated_delta_block(const GatedDeltaBlock& block, const Operand& x_a
   if (Status s = log_decay_gate(g, gate, g, executor); !s.ok()) return s;
   if (Status s = beta_gate(beta, beta, block.negative_eigenvalues, executor); !s.ok()) return s;
 
-  if (Status s = gated_delta_net(q, k, v, {.gate = g}, beta, o, options); !s.ok()) return s;
+  const Decay<float> decay{.gate = g};
+  if (Status s = recurrence(Operand(q), Operand(k), Operand(v), decay, View<const float, 4>(beta), Result(o), options);
+      !s.ok())
+    return s;
   hand_out(conv, memory.common);
   if (Status s = gated_rms_norm(o, z, w.norm, o, {.eps = block.eps}, executor); !s.ok()) return s;
   project_tokens(executor, memory.common, tokens.count(), w.out, read_rows({memory.o.data, values}),

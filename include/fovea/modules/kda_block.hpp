@@ -57,11 +57,11 @@ struct Memory {
   Rows beta;    // [token, v_heads]
   float *a_log, *dt_bias, *g_bias;
 };
-inline Memory carve(Bump& bump, const KdaBlock& block, index_t tokens, index_t sequences, int lanes) {
+inline Memory carve(Bump& bump, const KdaBlock& block, index_t tokens, index_t sequences, int lanes, index_t kept) {
   const auto rows = [&](index_t width) { return Rows{bump.take<float>(tokens * width), width}; };
   const index_t gates = block.v_heads * block.dim_k, values = block.v_heads * block.dim_v;
   Memory memory{};
-  memory.common = carve_common(bump, channels_of(block), width_of(block), tokens, sequences, lanes);
+  memory.common = carve_common(bump, channels_of(block), width_of(block), tokens, sequences, lanes, kept);
   memory.mixed = rows(channels_of(block));
   memory.low = rows(std::max(rank_of(block.weights.f_a), rank_of(block.weights.g_a)));
   memory.f = rows(gates);
@@ -105,21 +105,25 @@ inline Status check_block(const KdaBlock& block, door::Memory& memory) {
 
 }   // namespace kda_block_parts
 
-// For up to `tokens` tokens of up to `sequences` sequences in a call.
-inline std::size_t kda_block_bytes(const KdaBlock& block, index_t tokens, index_t sequences = 1, int lanes = 1) {
+// For up to `tokens` tokens of up to `sequences` sequences in a call, and a conv.final of up to `kept` inputs (or width).
+inline std::size_t kda_block_bytes(const KdaBlock& block, index_t tokens, index_t sequences = 1, int lanes = 1,
+                                   index_t kept = 0) {
   Bump bump;
-  kda_block_parts::carve(bump, block, tokens, sequences, lanes);
+  kda_block_parts::carve(bump, block, tokens, sequences, lanes, kept);
   return bump.used() + kAlignment;
 }
 
 // One step of the layer.
 //   x, y        [batch, 1, pos, model], any plain format, any strides; y may be x
-//   conv        [sequence, channel, width - 1 | width], channels all q, all k, all v
+//   conv        [sequence, channel, width - 1 or more], channels all q, all k, all v
 //   options     for kda: states [sequence, v_heads, dim_k, dim_v] (layout), cu_len, form, chunk, head_map; its executor runs
 //               the projections too, options.workspace is the recurrence's own
+//   recurrence  Status(q, k, v, decay, beta, out, options), as kda: replay_step over a cache, for drafts
 // On error neither y nor a state has changed.
-inline Status kda_block(const KdaBlock& block, const Operand& x_any, const ConvState& conv, const Result& y_any,
-                        const RecurrentOptions<float>& options, std::span<std::byte> workspace) {
+template <class Recurrence = decltype(kda)>
+Status kda_block(const KdaBlock& block, const Operand& x_any, const ConvState& conv, const Result& y_any,
+                 const RecurrentOptions<float>& options, std::span<std::byte> workspace,
+                 const Recurrence& recurrence = kda) {
   using namespace kda_block_parts;
   const Operand x = door::tidy_operand(x_any);
   const Result y = door::tidy_operand(y_any);
@@ -133,11 +137,11 @@ inline Status kda_block(const KdaBlock& block, const Operand& x_any, const ConvS
     return s;
   const Executor& executor = options.executor;
   const int lanes = executor.lanes();
-  if (Status s = door::check_workspace(workspace, kda_block_bytes(block, tokens.count(), tokens.sequences, lanes)); !s.ok())
-    return s;
+  const std::size_t needed = kda_block_bytes(block, tokens.count(), tokens.sequences, lanes, kept_of(conv));
+  if (Status s = door::check_workspace(workspace, needed); !s.ok()) return s;
 
   Bump bump(aligned(workspace).data());
-  const Memory memory = carve(bump, block, tokens.count(), tokens.sequences, lanes);
+  const Memory memory = carve(bump, block, tokens.count(), tokens.sequences, lanes, kept_of(conv));
   const KdaBlockWeights& w = block.weights;
   const auto project = [&](const Operand& weights, const auto& read, const auto& write) {
     project_tokens(executor, memory.common, tokens.count(), weights, read, write);
@@ -188,7 +192,10 @@ inline Status kda_block(const KdaBlock& block, const Operand& x_any, const ConvS
   if (Status s = log_decay_gate(g, gate, g, executor); !s.ok()) return s;
   if (Status s = beta_gate(beta, beta, block.negative_eigenvalues, executor); !s.ok()) return s;
 
-  if (Status s = kda(q, k, v, {.gate = g}, beta, o, options); !s.ok()) return s;
+  const Decay<float> decay{.gate = g};
+  if (Status s = recurrence(Operand(q), Operand(k), Operand(v), decay, View<const float, 4>(beta), Result(o), options);
+      !s.ok())
+    return s;
   hand_out(conv, memory.common);
   const GatedRmsNorm norm{.eps = block.eps, .activation = OutputGate::sigmoid};
   if (Status s = gated_rms_norm(o, z, w.norm, o, norm, executor); !s.ok()) return s;

@@ -14,8 +14,9 @@
 namespace fovea {
 inline namespace v0 {
 
-// The state of a layer's convolution, [sequence, channel, n] with n of width - 1 or width: the newest inputs. Both may be
-// the same memory; null = zeros, not wanted.
+// The state of a layer's convolution, [sequence, channel, n] with n of width - 1 or more: the newest inputs, zeros before the
+// first. More than the convolution needs is for a cache that takes drafts back (StateCache::keep_inputs). Both may be the
+// same memory; null = zeros, not wanted.
 struct ConvState {
   View<const float, 3> initial = {};
   View<float, 3> final = {};
@@ -72,9 +73,9 @@ inline Status check_weight(const char* layer, const Weight& weight, door::Memory
 
 inline Status check_conv_state(const char* layer, const char* name, const auto& state, index_t sequences, index_t channels,
                                index_t width, door::Memory& memory) {
-  if (state.data != nullptr && state.extent[2] != width && state.extent[2] != width - 1)
-    return door::invalid("fovea: %s: %s keeps %td inputs, must be %td or %td for a width of %td", layer, name,
-                         state.extent[2], width - 1, width, width);
+  if (state.data != nullptr && state.extent[2] < width - 1)
+    return door::invalid("fovea: %s: %s keeps %td inputs, a width of %td needs %td", layer, name, state.extent[2], width,
+                         width - 1);
   return door::check_like(name, state, std::array<index_t, 3>{sequences, channels, state.extent[2]}, memory);
 }
 
@@ -107,18 +108,19 @@ inline Status check_call(const char* layer, const Operand& x, const Result& y, i
 // Memory of the projections and of the convolution; the same code counts its bytes.
 struct Common {
   float* taps;             // [channel, width]
-  float* conv_state;       // [sequence, width, channel]  handed out when nothing can fail any more
+  float* conv_state;       // [sequence, kept, channel]  handed out when nothing can fail any more
   std::byte* conv_bytes;   // of short_conv
   std::size_t conv_size;
   std::byte* scratch;   // [lane]  of a projection
   std::size_t lane_bytes;
 };
-inline Common carve_common(Bump& bump, index_t channels, index_t width, index_t tokens, index_t sequences, int lanes) {
+inline Common carve_common(Bump& bump, index_t channels, index_t width, index_t tokens, index_t sequences, int lanes,
+                           index_t kept) {
   Bump lane;
   carve_project(lane, tokens);
   Common memory{};
   memory.taps = bump.take<float>(channels * width);
-  memory.conv_state = bump.take<float>(sequences * channels * width);
+  memory.conv_state = bump.take<float>(sequences * channels * std::max(width, kept));
   memory.conv_size = short_conv_bytes(channels, width, lanes);
   memory.conv_bytes = bump.take<std::byte>(static_cast<index_t>(memory.conv_size));
   memory.lane_bytes = lane.used();
@@ -198,10 +200,13 @@ inline void read_matrix(const Operand& matrix, float* to) {
   }
 }
 
+// Inputs that a call hands out; none if they are not wanted.
+inline index_t kept_of(const ConvState& conv) { return conv.final ? conv.final.extent[2] : 0; }
+
 // SiLU of the convolution, in place; the state afterwards stays in memory.conv_state.
 inline Status convolve(const Rows& rows, const Tokens& tokens, index_t width, const Common& memory, const ConvState& conv,
                        const RecurrentOptions<float>& options) {
-  const index_t channels = rows.width, kept = conv.final ? conv.final.extent[2] : 0;
+  const index_t channels = rows.width, kept = kept_of(conv);
   ShortConvParameters<float> parameters;
   parameters.weight = {memory.taps, {channels, width}, {width, 1}};
   parameters.initial_state = conv.initial;
