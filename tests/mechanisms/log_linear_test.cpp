@@ -449,6 +449,27 @@ TEST_CASE("log-linear: long sequences") {
   }
 }
 
+// Gates that forget none of 5000 tokens, in every form; buckets are decayed as they are merged, so there is no more to round
+// than in one state.
+TEST_CASE("log-linear: 5000 tokens, all of them remembered") {
+  for (const Kind kind : kKinds) {
+    LevelProblem x({.kind = kind},
+                   {.seed = 81,
+                    .len = 5000,
+                    .dim_k = 8,
+                    .dim_v = 4,
+                    .layout = kind == Kind::simple_gla ? StateLayout::v_first : StateLayout::k_first,
+                    .initial = false});
+    Random random(82);
+    x.base.gate.fill([&](auto...) { return -kFaint * random.uniform(); });
+    x.base.dt.fill([&](auto...) { return 2 * kFaint * random.uniform(); });   // A is -1/2
+    x.base.beta.fill([&](auto...) { return 0.02 * random.uniform(); });
+    const LevelProblem::Expected expected = x.expected();
+    for (const How& how : {How{RecurrentForm::step}, How{RecurrentForm::fused}, How{RecurrentForm::chunked, 64}})
+      check(x, expected, how, drift_of(5000, how));
+  }
+}
+
 TEST_CASE("log-linear: the number of lanes changes no bit") {
   for (const Kind kind : kKinds) {
     for (const Case& c : {Case{.seed = 90, .len = 100, .heads = {1, 1, 1}, .dim_k = 20, .dim_v = 100},

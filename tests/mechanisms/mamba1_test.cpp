@@ -197,6 +197,34 @@ TEST_CASE("mamba1: 4096 tokens with memories of thousands", "[mamba1]") {
   check_against_reference(problem(16, {.len = 4096, .channels = 4, .dim_state = 2, .least_dt = 1e-4f, .most_dt = 2e-3f}));
 }
 
+// Half a million in calls of 2^14 that hand their states on. dt A is 10^-4 and more, so a state remembers 10^4 tokens at most;
+// a token rounds it and its factor once each, by 2^-24 at most: a walk of 2^-24 sqrt(2 * 10^4 / 2).
+TEST_CASE("mamba1: half a million tokens", "[mamba1]") {
+  Floats state;
+  Doubles exact;
+  for (std::uint64_t call = 0; call < 32; ++call) {
+    ScanProblem p = problem(100 + call, {.len = 1 << 14,
+                                         .channels = 4,
+                                         .dim_state = 2,
+                                         .layout = StateLayout::v_first,
+                                         .least_dt = 1e-4f,
+                                         .most_dt = 1.5e-4f});
+    if (call == 0) state = Floats(p.initial.extent), exact = widened(state);
+    p.initial = state;
+    const ScanOutcome got = run_scan_problem(p);
+    std::vector<Doubles> inputs;
+    for (const Floats& x : p.inputs) inputs.push_back(widened(x));
+    Doubles out(got.out.extent), final(state.extent);
+    std::vector<Tensor<const double>> views;
+    for (const Doubles& x : inputs) views.push_back(x.view());
+    p.reference({views, out.view(), std::as_const(exact).view(), final.view(), {}});
+    exact = final, state = got.final;
+    INFO("call " << call);
+    CHECK(relative_rms(got.out, out) <= 0x1p-24 * 100);
+    CHECK(relative_rms(state, exact) <= 0x1p-24 * 100);
+  }
+}
+
 TEST_CASE("mamba1: shared dt, no skip, scale", "[mamba1]") {
   // dt of one position and one batch entry for all; C times 2 is a scale of 2 without the skip.
   Random random(17);

@@ -200,13 +200,16 @@ class ChunkTask {
     } else if constexpr (kDecays) {
       spec_.decay.alpha(at_, m_.alpha, 1);
       std::fill(m_.alpha + at_.count, m_.alpha + rows_, 1.f);
-      float product = 1.f;
+      // Rounded once: where the factors of all chunks are the same (retention), so is the error of their product, and a state
+      // that remembers n tokens is off by n / rows of it.
+      double exact = 1;
       for (index_t i = 0; i < rows_; ++i) {
-        m_.prefix[i] = product = product * m_.alpha[i];
-        m_.read_prefix[i] = product * run_.scale;
+        exact *= double{m_.alpha[i]};
+        m_.prefix[i] = static_cast<float>(exact);
+        m_.read_prefix[i] = m_.prefix[i] * run_.scale;
       }
-      std::fill_n(m_.total, dim_, product);
-      product = 1.f;
+      std::fill_n(m_.total, dim_, m_.prefix[rows_ - 1]);
+      float product = 1.f;
       for (index_t j = rows_; j-- > 0; product *= m_.alpha[j]) m_.suffix[j] = product;
       decay_table(m_.alpha, rows_, stride_, m_.weights, m_.decays);   // weights are free until the queries come
     } else {
