@@ -343,7 +343,7 @@ TEST_CASE("one plan of a cascade gives the bits of calls without, for every laye
     ThreadPerLane threads;
     const int lanes = n % 2 == 0 ? 1 : 3;
     std::optional<CascadePlan> plan;
-    for (const std::uint64_t layer : {0, 50}) {
+    for (const std::uint64_t layer : {std::uint64_t{0}, std::uint64_t{50}}) {
       // Another layer has other numbers in other places, and in other formats where the panels allow all.
       for (LevelShape& level : p.levels) {
         level.how.home = layer == 0 ? level.how.home : Home::contiguous;
