@@ -323,11 +323,6 @@ struct Case {
   index_t sequences() const { return lengths.empty() ? batch : static_cast<index_t>(lengths.size()); }
 };
 
-inline const char* name_of(RecurrentForm form) {
-  constexpr const char* kNames[] = {"automatic", "step", "fused", "chunked"};
-  return kNames[static_cast<int>(form)];
-}
-
 inline std::string describe(const Case& c) {
   std::ostringstream text;
   text << "seed " << c.seed << ", batch " << c.batch << ", len " << c.len << ", heads " << c.heads.q << "/" << c.heads.k

@@ -46,6 +46,16 @@ struct Decay {
 // matrix products over chunks of tokens: prefill.
 enum class RecurrentForm : std::uint8_t { automatic, step, fused, chunked };
 
+FOVEA_DATA_INLINE constexpr const char* name_of(RecurrentForm form) {
+  switch (form) {
+    case RecurrentForm::automatic: return "automatic";
+    case RecurrentForm::step: return "step";
+    case RecurrentForm::fused: return "fused";
+    case RecurrentForm::chunked: return "chunked";
+  }
+  return "?";
+}
+
 // What a call does, decided before anything runs; describe() prints it (engine/recurrent_plan.hpp).
 struct RecurrentPlan {
   RecurrentForm form = RecurrentForm::chunked;   // never automatic

@@ -97,28 +97,21 @@ inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOpti
   return plan;
 }
 
-inline const char* name_of(RecurrentForm form) {
-  switch (form) {
-    case RecurrentForm::automatic: return "automatic";
-    case RecurrentForm::step: return "step (token by token, the state where it lies)";
-    case RecurrentForm::fused: return "fused (token by token, the state in the workspace)";
-    case RecurrentForm::chunked: return "chunked (matrix products over chunks of tokens)";
-  }
-  return "?";
-}
-
 inline std::string describe(const RecurrentPlan& plan) {
-  const bool chunks = plan.form == RecurrentForm::chunked;
+  const bool chunks = plan.form == RecurrentForm::chunked, in_place = plan.form == RecurrentForm::step;
+  const char* const how = chunks     ? "matrix products over chunks of tokens"
+                          : in_place ? "token by token, the state where it lies"
+                                     : "token by token, the state in the workspace";
   char chunk[96] = "none";
   if (chunks)
     std::snprintf(chunk, sizeof chunk, "%td tokens, %s panels", plan.chunk, plan.panels == Panels::bf16 ? "bf16 (AMX)" : "f32");
   char text[512];
   std::snprintf(text, sizeof text,
-                "form        %s\n"
+                "form        %s (%s)\n"
                 "chunk       %s\n"
                 "tasks       %td: %td groups of up to %td states, values in %td tiles of up to %td panels of %td\n"
                 "isa         " FOVEA_ARCH_NAME "\n",
-                name_of(plan.form), chunk, plan.tasks, plan.groups, plan.group, plan.tiles, plan.tile_panels, kPanel);
+                name_of(plan.form), how, chunk, plan.tasks, plan.groups, plan.group, plan.tiles, plan.tile_panels, kPanel);
   return text;
 }
 
