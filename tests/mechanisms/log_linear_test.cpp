@@ -335,7 +335,7 @@ TEST_CASE("log-linear: decode in place, token after token, in both layouts") {
         const LevelProblem::Expected expected = x.expected();
         for (const RecurrentForm form :
              {RecurrentForm::automatic, RecurrentForm::step, RecurrentForm::fused, RecurrentForm::chunked}) {
-          INFO(name_of(kind) << ", " << test::recurrent::name_of(form));
+          INFO(name_of(kind) << ", " << fovea::name_of(form));
           LevelAnswer all = x.answer(), before;
           for (index_t t = 0; t < len; ++t) {
             const LevelAnswer one = part_of(x, t, t + 1, t > 0 ? &before : nullptr, true, {form});

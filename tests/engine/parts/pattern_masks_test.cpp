@@ -415,7 +415,7 @@ TEST_CASE("a tree as a mask has the bits of the option's", "[masks][bits]") {
       chain.push_back(i >= 64 * j + 63 ? ~std::uint64_t{0} : i < 64 * j ? 0 : (std::uint64_t{2} << (i - 64 * j)) - 1);
   }
   const Dense y(81, 1, 4, 2, 130, 270, 16, 16);
-  for (const Regime regime : test::kBothRegimes) {
+  for (const Regime regime : test::kRegimes) {
     AttentionOptions options{.q_offset = prefix, .regime = regime}, causal = options;
     causal.causal = Causal::bottom_right;
     CHECK(test::same_bits(attend(y, options, tree({chain.data(), {1, 130, 3}, {0, 3, 1}}, prefix)), test::attend(y, causal)));
