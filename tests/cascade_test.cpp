@@ -596,6 +596,13 @@ TEST_CASE("what a cascade refuses", "[cascade][errors]") {
     c.options.causal = Causal::bottom_right;
     c.x.levels.pop_back();
   });
+  refused("causal over requests that are not one by one", invalid, {"group 1 of the last level is request 1", "starts at 2"},
+          [](Call& c) {
+            static const index_t groups[] = {0, 2, 2, 3}, lengths[] = {5, 5, 5};
+            c.x.levels[1].group_begin = groups;
+            c.x.levels[1].len_k = lengths;
+            c.options.causal = Causal::bottom_right;
+          });
   refused("a tree over shared last keys", invalid, {"one group per request", "1 for 3"}, [](Call& c) {
     c.words.assign(6, ~std::uint64_t{0});
     c.options.tree = c.words;

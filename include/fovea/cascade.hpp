@@ -93,6 +93,11 @@ inline Status check_levels(const AttentionShape& shape, std::span<const CascadeL
   if ((o.causal != Causal::none || !o.tree.empty()) && static_cast<index_t>(levels.back().len_k.size()) != requests)
     return invalid("fovea: with causal or tree the last level has one group per request, it has %zu for %td",
                    levels.back().len_k.size(), requests);
+  for (index_t r = 0; (o.causal != Causal::none || !o.tree.empty()) && r <= requests; ++r) {
+    const index_t begin = levels.back().group_begin[static_cast<std::size_t>(r)];
+    if (begin != r)
+      return invalid("fovea: with causal or tree group %td of the last level is request %td, it starts at %td", r, r, begin);
+  }
   if (!o.tree.empty() && static_cast<index_t>(o.tree.size()) != shape.len_q)
     return invalid("fovea: tree has %zu words for %td queries", o.tree.size(), shape.len_q);
   return {};

@@ -296,6 +296,26 @@ TEST_CASE("append counts what int8 per channel had to clip, and takes 16-bit tok
   CHECK(std::abs(stored_value(Format::i8_channel, cache.k_row(0, 0, 0), 8, 5, scale.data()) - 0.5) <= 0.51 / 127);
 }
 
+TEST_CASE("exact keys of channels that were empty in calibration stay finite, and count as lost", "[cache]") {
+  const std::vector<float> scale{0.f, 0x1p-126f, 1.f / 127, 1.f / 127}, v(4, 0.f), k{5.f, 5.f, 0.5f, -0.5f};
+  for (const Format exact : {Format::f16, Format::bf16, Format::f32}) {
+    INFO(name_of(exact));
+    MixedCache cache;
+    REQUIRE(cache.create({.rows = {.kv_heads = 1, .dim_qk = 4, .dim_v = 4, .k = Format::i8_channel, .v = Format::f32,
+                                   .k_channel_scale = scale.data()},
+                          .exact_k = exact, .exact_v = Format::f32, .sequences = 1, .slots = 2})
+                .ok());
+    index_t lost = 0;
+    REQUIRE(append_tokens(cache, 0, bshd(k.data(), 1, 1, 1, 4), bshd(v.data(), 1, 1, 1, 4), {}, &lost).ok());
+    const std::byte* const row = cache.batch().kv.exact->k.data;
+    CHECK(stored_value(exact, row, 4, 0, nullptr) == 0);
+    CHECK(std::isfinite(stored_value(exact, row, 4, 1, nullptr)));
+    CHECK(stored_value(exact, row, 4, 1, nullptr) > 0);
+    CHECK(std::abs(stored_value(exact, row, 4, 3, nullptr) + 63.5) <= 63.5 * 0x1p-8);
+    CHECK(lost >= 1);
+  }
+}
+
 TEST_CASE("append refuses what does not fit, and the cache stays as it was", "[cache]") {
   const Tokens tokens(RopeLayout::interleaved);
   ContiguousCache cache;

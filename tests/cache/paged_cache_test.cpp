@@ -515,6 +515,9 @@ TEST_CASE("PagedCache refuses with the numbers and stays as it was", "[cache]") 
   refused(cache.csr(two, 8, own, &lists), Code::invalid_argument, "first 8 tokens, sequence 0 has 6");
   refused(cache.csr(four, 4, own, &lists), Code::invalid_argument, "4 sequences");
   refused(cache.csr(unknown, 4, own, &lists), Code::invalid_argument, "sequence 3 of 3");
+  PagedCache not_created;
+  refused(not_created.csr({}, &lists), Code::invalid_argument, "was not created");
+  refused(not_created.csr({}, 0, own, &lists), Code::invalid_argument, "was not created");
   CHECK(lists.kv.page_indices.data() == nullptr);
   refused(cache.create({.rows = rows, .pages = 4, .page_size = 257}), Code::invalid_argument, "257 slots");
   refused(cache.create({.rows = rows, .pages = 0}), Code::invalid_argument, "0 pages");

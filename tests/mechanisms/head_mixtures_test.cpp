@@ -641,6 +641,11 @@ TEST_CASE("switch_head: refusals write nothing", "[head_mixtures][errors]") {
   refused(a.view(), weights.view(), routes.view(), Tensor<float>{out.data.data(), {1, 1, 5, 16}, {80, 80, 8, 1}},
           "out overlaps itself");
   refused(a.view(), weights.view(), routes.view(), out.view(), "workspace has 100 bytes", 100);
+  test::ThreadPerLane pool;
+  for (const int lanes : {0, -1}) {
+    const fovea::Status status = fovea::expert_mixture(a.view(), weights.view(), routes.view(), out.view(), bytes, {pool, lanes});
+    CHECK_THAT(status.message(), ContainsSubstring("1 to 65536 lanes"));
+  }
   for (const index_t expert : {index_t{-1}, index_t{3}}) {
     routes.experts[7] = expert;
     refused(a.view(), weights.view(), routes.view(), out.view(),
@@ -658,6 +663,9 @@ TEST_CASE("switch_head: refusals write nothing", "[head_mixtures][errors]") {
     CHECK(std::all_of(y.data.begin(), y.data.end(), is_canary));
     w.bind();
   };
+  AttentionOptions without;
+  without.executor = {pool, 0};
+  no_layer(x.view(), "1 to 65536 lanes", without);
   no_layer(cut(x.view(), 3, 0, 15), "x is [1, 1, 4, 15], must be [batch, 1, pos, 16]");
   no_layer(only_pos(x.view(), 0, 3), "y is [1, 1, 4, 16], must be [1, 1, 3, 16]");
   w.block.active = 4;

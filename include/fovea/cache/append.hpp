@@ -24,7 +24,7 @@ inline namespace FOVEA_ARCH {
 inline constexpr index_t kAppendDim = 1024;
 
 // Encodes tokens of k [1, kv_head, token, dim_qk] and v [1, kv_head, token, dim_v] (f32, f64, bf16 or f16, any strides) as a
-// cache's RowWriter. `lost` counts numbers that i8_channel had to clip.
+// cache's RowWriter. `lost` counts numbers that i8_channel, or a divisor, had to clip.
 struct TokenWriter {
   const Operand &k, &v;
   const CacheRows& rows;
@@ -42,7 +42,14 @@ struct TokenWriter {
                   table.stride, table.pairs, rows.dim_qk);
     }
     if (divisor != nullptr) {
-      for (index_t d = 0; d < rows.dim_qk; ++d) numbers[d] /= divisor[kv_head * rows.dim_qk + d];
+      // Within what the format holds: an infinity would be a NaN in the score of a query that is 0 there. A scale of 0 reads as 0
+      // whatever is stored. A NaN stays.
+      const float most = rows.k == Format::f16 ? 65504.f : 0x1.fep127f;
+      for (index_t d = 0; d < rows.dim_qk; ++d) {
+        const float scale = divisor[kv_head * rows.dim_qk + d], quotient = scale == 0.f ? 0.f : numbers[d] / scale;
+        numbers[d] = std::clamp(quotient, -most, most);
+        *lost += numbers[d] < quotient || numbers[d] > quotient;
+      }
     }
     const float* const scale = rows.k_channel_scale == nullptr ? nullptr : rows.k_channel_scale + kv_head * rows.dim_qk;
     *lost += quantise_row(rows.k, numbers, 1, rows.dim_qk, scale, k_row);

@@ -25,8 +25,8 @@ inline namespace FOVEA_ARCH {
 //
 // With i8_channel keys the exact ones are stored divided by rows().k_channel_scale, number by number: a call multiplies the
 // scales into the query, once for all keys. append_tokens divides; whoever writes exact rows himself does too. Quotients of
-// calibrated numbers are at most 127 in size, and floating formats keep as many digits of them as of the numbers; f16 ends
-// in infinity at 516 times the calibrated range.
+// calibrated numbers are at most 127 in size, and floating formats keep as many digits of them as of the numbers;
+// append_tokens clips beyond the format's largest (f16: 516 times the calibrated range) and counts it as lost.
 class MixedCache {
  public:
   // Replaces whatever the cache held; on error it keeps it.

@@ -457,6 +457,7 @@ class PagedCache {
     return Status::error(Code::invalid_argument, "cache: sequence %td does not exist", sequence);
   }
   Status check_wanted(std::span<const index_t> wanted, index_t skip) const {
+    if (sequences() == 0) return Status::error(Code::invalid_argument, "cache: lists of a cache that was not created");
     const auto count = static_cast<index_t>(wanted.size());
     if (count > sequences())
       return Status::error(Code::invalid_argument, "cache: lists of %td sequences, there are %td", count, sequences());

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "../engine/deal.hpp"
 #include "run.hpp"
 #include "views.hpp"
 
@@ -15,7 +16,6 @@ namespace door {
 
 inline constexpr index_t kMaxDim = 576;
 inline constexpr index_t kMaxLength = INT32_MAX;   // lanes carry positions as int32
-inline constexpr int kMaxLanes = 1 << 16;
 inline constexpr index_t kMaxSequences = kMaxTasks;
 
 inline index_t count_sequences(const AttentionShape& shape, const AttentionOptions& options) {
@@ -135,8 +135,7 @@ inline Status check_numbers(const AttentionOptions& o) {
     if (!std::isfinite(o.alibi_slopes[h]))
       return invalid("fovea: alibi_slopes[%zu] = %g is not finite", h, static_cast<double>(o.alibi_slopes[h]));
   }
-  if (o.executor.lanes() < 1 || o.executor.lanes() > kMaxLanes)
-    return invalid("fovea: an executor has 1 to %d lanes, this one %d", kMaxLanes, o.executor.lanes());
+  if (Status s = check_lanes(o.executor); !s.ok()) return s;
   return {};
 }
 

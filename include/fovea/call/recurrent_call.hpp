@@ -21,7 +21,6 @@ namespace door {
 
 inline constexpr index_t kMaxRecurrentDim = 4096;
 inline constexpr index_t kMaxStates = index_t{1} << 24;
-inline constexpr int kMaxRecurrentLanes = 1 << 16;
 
 // The memory of one call: what it writes may not meet anything else that it reads or writes. Null views are absent.
 class Memory {
@@ -217,8 +216,7 @@ inline Status check_how(const RecurrentShape& s, const RecurrentOptions<float>& 
     return unsupported("fovea: bf16 panels of recurrences need AMX on Linux, this is %s", FOVEA_ARCH_NAME);
   if (o.panels == Panels::bf16 && !tiles_allowed())
     return unsupported("fovea: bf16 panels of recurrences need AMX, which this system does not give to the process");
-  if (o.executor.lanes() < 1 || o.executor.lanes() > kMaxRecurrentLanes)
-    return invalid("fovea: an executor has 1 to %d lanes, this one %d", kMaxRecurrentLanes, o.executor.lanes());
+  if (Status status = check_lanes(o.executor); !status.ok()) return status;
   if (o.cu_len.empty()) return {};
   if (s.batch != 1) return invalid("fovea: a ragged call has batch 1 and its sequences along pos; batch is %td", s.batch);
   return check_cumulative("cu_len", o.cu_len, s.len);

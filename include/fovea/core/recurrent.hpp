@@ -85,7 +85,7 @@ struct RecurrentOptions {
   // In which chunks multiply. bf16: q, k, scores, pseudo-values and a copy of the state are rounded to 8 bits of mantissa and
   // go through AMX tiles with fp32 sums; the state itself stays fp32 (docs/recurrent.md). Needs AMX.
   Panels panels = Panels::f32;
-  RecurrentPlan* plan = nullptr;   // where given: filled with what this call does
+  RecurrentPlan* plan = nullptr;   // where given: filled with what was chosen, once all tensors are checked; not by short_conv, replay_step
 };
 
 // Linear attention, o_t = S_t' phi(q_t) / (phi(q_t) . z_t + eps) with z the running sum of phi(k).

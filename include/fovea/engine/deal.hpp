@@ -5,10 +5,18 @@
 #include <atomic>
 
 #include "../core/executor.hpp"
+#include "../core/status.hpp"
 
 namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
+
+inline constexpr int kMaxLanes = 1 << 16;
+inline Status check_lanes(const Executor& executor) {
+  if (executor.lanes() >= 1 && executor.lanes() <= kMaxLanes) return {};
+  return Status::error(Code::invalid_argument, "fovea: an executor has 1 to %d lanes, this one %d", kMaxLanes,
+                       executor.lanes());
+}
 
 // f(lane, task) once for every task; at most `lanes` at a time, each with a lane of its own.
 template <class F>

@@ -292,8 +292,7 @@ inline void project_out(const Operand& weights, const View<const float, 3>& rout
 inline Status check_options(const MosaOptions& options, index_t dim, index_t len) {
   if (options.scale && !std::isfinite(*options.scale))
     return door::invalid("fovea: scale %g is not finite", static_cast<double>(*options.scale));
-  if (options.executor.lanes() < 1 || options.executor.lanes() > door::kMaxLanes)
-    return door::invalid("fovea: an executor has 1 to %d lanes, this one %d", door::kMaxLanes, options.executor.lanes());
+  if (Status s = check_lanes(options.executor); !s.ok()) return s;
   return check_rope(options.rope, dim, len);
 }
 

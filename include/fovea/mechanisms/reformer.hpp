@@ -200,9 +200,7 @@ struct BucketLocal : door::LocalBytes {};
 inline Status check_length(index_t len, const ReformerOptions& options) {
   if (options.bucket < 1 || len % (2 * options.bucket) != 0)
     return door::invalid("fovea: %td tokens are no multiple of twice the bucket of %td", len, options.bucket);
-  if (options.executor.lanes() < 1 || options.executor.lanes() > door::kMaxLanes)
-    return door::invalid("fovea: an executor has 1 to %d lanes, this one %d", door::kMaxLanes, options.executor.lanes());
-  return {};
+  return check_lanes(options.executor);
 }
 
 inline Status check_rotations(const View<const float, 3>& rotations, index_t len, index_t dim,

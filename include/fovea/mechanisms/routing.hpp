@@ -218,8 +218,7 @@ struct ListLocal : door::LocalBytes {};
 inline Status check_options(const RoutingOptions& options, index_t batch, index_t len) {
   if (options.scale && !std::isfinite(*options.scale))
     return door::invalid("fovea: scale %g is not finite", static_cast<double>(*options.scale));
-  if (options.executor.lanes() < 1 || options.executor.lanes() > door::kMaxLanes)
-    return door::invalid("fovea: an executor has 1 to %d lanes, this one %d", door::kMaxLanes, options.executor.lanes());
+  if (Status s = check_lanes(options.executor); !s.ok()) return s;
   if (len > door::kMaxLength)
     return door::unsupported("fovea: up to %td tokens are supported, got %td", door::kMaxLength, len);
   if (!options.len.empty() && static_cast<index_t>(options.len.size()) != batch)

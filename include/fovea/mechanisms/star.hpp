@@ -167,8 +167,7 @@ inline Status merge_partials(std::span<const AttentionPartial> partials, const R
   const Result out = door::tidy_operand(out_any);
   lse = tidy(lse);
   if (Status s = star::check_partials(partials, out, lse, sink); !s.ok()) return s;
-  if (executor.lanes() < 1 || executor.lanes() > door::kMaxLanes)
-    return door::invalid("fovea: an executor has 1 to %d lanes, this one %d", door::kMaxLanes, executor.lanes());
+  if (Status s = check_lanes(executor); !s.ok()) return s;
   const index_t len = out.extent[2];
   deal(executor, executor.lanes(), out.extent[0] * out.extent[1], [&](int, index_t task) {
     const index_t b = task / out.extent[1], h = task % out.extent[1];

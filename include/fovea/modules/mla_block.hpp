@@ -204,6 +204,7 @@ Status mla_block(const MlaBlock& block, const Operand& x, Cache& cache, const At
   const std::span<const index_t> cu = options.cu_len_q;
   const index_t sequences = cache.sequences(), width = dims.latent + dims.rope, q_dim = dims.nope + dims.rope;
   if (Status s = check_block(block); !s.ok()) return s;
+  if (Status s = check_lanes(options.executor); !s.ok()) return s;
   if (static_cast<index_t>(cu.size()) != sequences + 1 || cu.front() != 0 || !std::is_sorted(cu.begin(), cu.end()))
     return Status::error(
         Code::invalid_argument,

@@ -115,11 +115,6 @@ void each_row(const Executor& executor, const std::array<index_t, 4>& extent, co
   });
 }
 
-inline Status check_executor(const Executor& executor) {
-  if (executor.lanes() >= 1 && executor.lanes() <= door::kMaxRecurrentLanes) return {};
-  return door::invalid("fovea: an executor has 1 to %d lanes, this one %d", door::kMaxRecurrentLanes, executor.lanes());
-}
-
 // x and y of one shape and any plain format; y may be x.
 inline Status check_rows(const Operand& x, const Result& y, door::Memory& memory) {
   if (Status s = door::check_plain("x", x.format); !s.ok()) return s;
@@ -156,7 +151,7 @@ inline Status l2_norm(const Operand& x_any, const Result& y_any, const Executor&
   const Result y = door::tidy_operand(y_any);
   door::Memory memory;
   if (Status s = check_rows(x, y, memory); !s.ok()) return s;
-  if (Status s = check_executor(executor); !s.ok()) return s;
+  if (Status s = check_lanes(executor); !s.ok()) return s;
   if (!(eps >= 0) || floor > L2Floor::at_least)
     return door::invalid("fovea: l2_norm with eps %g and floor %d", static_cast<double>(eps), static_cast<int>(floor));
   if (Status s = memory.check_apart(); !s.ok()) return s;
@@ -192,7 +187,7 @@ inline Status gated_rms_norm(const Operand& x_any, const Operand& gate_any, cons
   const bool gated = norm.activation != OutputGate::none;
   door::Memory memory;
   if (Status s = check_rows(x, y, memory); !s.ok()) return s;
-  if (Status s = check_executor(executor); !s.ok()) return s;
+  if (Status s = check_lanes(executor); !s.ok()) return s;
   if (!(norm.eps >= 0) || norm.activation > OutputGate::silu || norm.order > NormOrder::gate_first)
     return door::invalid("fovea: gated_rms_norm with eps %g, activation %d, order %d", static_cast<double>(norm.eps),
                          static_cast<int>(norm.activation), static_cast<int>(norm.order));
@@ -261,7 +256,7 @@ inline Status log_decay_gate(const Operand& x_any, const LogDecayGate& gate, con
   const View<const float, 2> dt_bias = tidy(gate.dt_bias);
   door::Memory memory;
   if (Status s = check_rows(x, g, memory); !s.ok()) return s;
-  if (Status s = check_executor(executor); !s.ok()) return s;
+  if (Status s = check_lanes(executor); !s.ok()) return s;
   if (!gate.a_log.empty() && static_cast<index_t>(gate.a_log.size()) != x.extent[1])
     return door::invalid("fovea: a_log has %zu numbers for %td heads", gate.a_log.size(), x.extent[1]);
   if (dt_bias && (dt_bias.extent[0] != x.extent[1] || (dt_bias.extent[1] != 1 && dt_bias.extent[1] != x.extent[3])))
@@ -294,7 +289,7 @@ inline Status beta_gate(const Operand& b_any, const Tensor<float>& beta_any, boo
   const Result beta = door::tidy_operand(Result(beta_any));
   door::Memory memory;
   if (Status s = check_rows(b, beta, memory); !s.ok()) return s;
-  if (Status s = check_executor(executor); !s.ok()) return s;
+  if (Status s = check_lanes(executor); !s.ok()) return s;
   if (Status s = memory.check_apart(); !s.ok()) return s;
   const f32 factor(negative_eigenvalues ? 2.f : 1.f);
   map_numbers(b, beta, executor, [&](index_t, index_t, index_t count, float* values) {

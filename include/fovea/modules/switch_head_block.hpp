@@ -231,6 +231,7 @@ inline Status expert_mixture(const Operand& a_any, const Operand& weights_any, c
     if (Status s = door::check_apart({"out", out_bytes}, name, bytes); !s.ok()) return s;
   }
   const index_t tokens = batch * len;
+  if (Status s = check_lanes(executor); !s.ok()) return s;
   if (Status s = door::check_workspace(workspace, expert_mixture_bytes(tokens, executor.lanes())); !s.ok()) return s;
   mix(a, weights, tidied, out, executor, aligned(workspace).data(), mix_lane_bytes(tokens));
   return {};
@@ -337,6 +338,7 @@ Status switch_head_block(const SwitchHeadBlock& block, const Operand& x_any, con
     if (Status s = door::check_apart({"y", y_bytes}, weight.name, bytes); !s.ok()) return s;
   }
   const Executor& executor = options.executor;
+  if (Status s = check_lanes(executor); !s.ok()) return s;
   if (Status s = door::check_workspace(workspace, switch_head_block_bytes(block, tokens, executor.lanes())); !s.ok())
     return s;
   Bump bump(aligned(workspace).data());

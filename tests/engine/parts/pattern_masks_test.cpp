@@ -307,6 +307,10 @@ TEST_CASE("draft trees, pair by pair", "[masks]") {
   CHECK(refusal({1, 64, 1}, x.prefix).empty());
   CHECK_THAT(refusal({1, 65, 1}, x.prefix), Catch::Matchers::ContainsSubstring("1 words of 64 bits for each of 65 drafts"));
   CHECK_THAT(refusal({1, 64, 1}, {}), Catch::Matchers::ContainsSubstring("0 prefixes"));
+  CHECK(!tree({nullptr, {1, 4, 1}, {4, 1, 1}}, x.prefix).check({}).ok());
+  CHECK(!tree({x.words.data(), {1, INT64_MAX, 0}, {0, 0, 0}}, x.prefix).check({}).ok());
+  const std::vector<index_t> beyond{INT64_MIN};
+  CHECK(!tree({x.words.data(), {1, 4, 1}, {0, 0, 0}}, beyond).check({}).ok());
   CHECK_FALSE(refusal({0, 64, 1}, x.prefix).empty());
 }
 

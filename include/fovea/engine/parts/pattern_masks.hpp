@@ -374,7 +374,10 @@ struct DraftTree {
 
   Status check() const {
     const auto& [sequences, drafts, count] = words.extent;
-    if (sequences >= 1 && drafts >= 0 && count >= (drafts + 63) / 64 && !prefix.empty()) return {};
+    bool sound = sequences >= 1 && drafts >= 0 && drafts <= INT32_MAX && count >= (drafts + 63) / 64 && !prefix.empty() &&
+                 (drafts == 0 || words.data != nullptr);
+    for (const index_t first : prefix) sound = sound && first >= INT32_MIN && first <= INT32_MAX;
+    if (sound) return {};
     return Status::error(Code::invalid_argument,
                          "fovea: trees of %td sequences with %zu prefixes have %td words of 64 bits for each of %td drafts",
                          sequences, prefix.size(), count, drafts);
