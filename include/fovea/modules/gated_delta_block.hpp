@@ -128,12 +128,12 @@ Status gated_delta_block(const GatedDeltaBlock& block, const Operand& x_any, con
   Bump bump(aligned(workspace).data());
   const Memory memory = carve(bump, block, tokens.count(), tokens.sequences, lanes, kept_of(conv));
   const GatedDeltaBlockWeights& w = block.weights;
-  project_tokens(executor, memory.common, tokens.count(), w.in_qkvz, read_tokens(x, tokens),
+  project_tokens(executor, memory.common, tokens.count(), w.in_qkvz, read_tokens(x, tokens.len),
                  write_pieces(std::array<Piece, 4>{{{block.dim_k, memory.mixed, 0},
                                                     {block.dim_k, memory.mixed, keys},
                                                     {group * block.dim_v, memory.mixed, 2 * keys},
                                                     {group * block.dim_v, memory.z, 0}}}));
-  project_tokens(executor, memory.common, tokens.count(), w.in_ba, read_tokens(x, tokens),
+  project_tokens(executor, memory.common, tokens.count(), w.in_ba, read_tokens(x, tokens.len),
                  write_pieces(std::array<Piece, 2>{{{group, memory.b, 0}, {group, memory.a, 0}}}));
 
   read_matrix(w.conv, memory.common.taps);

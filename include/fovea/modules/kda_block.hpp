@@ -146,7 +146,7 @@ Status kda_block(const KdaBlock& block, const Operand& x_any, const ConvState& c
   const auto project = [&](const Operand& weights, const auto& read, const auto& write) {
     project_tokens(executor, memory.common, tokens.count(), weights, read, write);
   };
-  const auto from_x = read_tokens(x, tokens);
+  const auto from_x = read_tokens(x, tokens.len);
   // to = up (down x), or up x.
   const auto project_gate = [&](const Operand& down, const Operand& up, const auto& write) {
     if (down.data == nullptr) return project(up, from_x, write);

@@ -19,9 +19,8 @@
 #include "../core/rope.hpp"
 #include "../core/status.hpp"
 #include "../core/workspace.hpp"
-#include "../engine/deal.hpp"
 #include "../engine/parts/rope.hpp"
-#include "../simd/project.hpp"
+#include "projection.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -82,11 +81,7 @@ inline Status check_matrix(const char* name, const Operand& w, index_t heads, in
     return Status::error(
         Code::invalid_argument, "fovea: mla_block: %s is [%td, %td, %td, %td]%s, must be [1, %td, %td, %td]", name,
         w.extent[0], w.extent[1], w.extent[2], w.extent[3], w.data == nullptr ? " without data" : "", heads, rows, columns);
-  if (!is_weight_format(w.format) || (w.stride[3] != 1 && columns > 1))
-    return Status::error(Code::unsupported,
-                         "fovea: mla_block: %s is %s with innermost stride %td; weights are f32, bf16 or f16 with stride 1",
-                         name, name_of(w.format), w.stride[3]);
-  return {};
+  return check_weight_format("mla_block", name, w);
 }
 inline Status check_gain(const char* name, const Operand& gain, index_t count) {
   if (gain.data != nullptr && gain.extent == std::array<index_t, 4>{1, 1, 1, count} && is_plain(gain.format)) return {};
@@ -147,17 +142,6 @@ inline void rms_norm(float* x, index_t count, const float* gain, float eps) {
       store_some(x + d, normal, count - d);
     }
   }
-}
-
-template <class Read, class Write>
-void project_tokens(const AttentionOptions& options, const Memory& memory, index_t tokens, const Operand& weights,
-                    const Read& read, const Write& write) {
-  const StoredMatrix matrix = matrix_of(weights);
-  const int lanes = options.executor.lanes();
-  deal(options.executor, lanes, project_tasks(tokens, matrix.rows), [&](int lane, index_t task) {
-    Bump bump(memory.scratch + memory.lane_bytes * static_cast<std::size_t>(lane));
-    project_task(task, tokens, matrix, Weights::by_output, carve_project(bump, tokens), read, write);
-  });
 }
 
 template <class Cache>
@@ -251,10 +235,7 @@ Status mla_block(const MlaBlock& block, const Operand& x, Cache& cache, const At
 
   Bump bump(aligned(workspace).data());
   const Memory memory = carve(bump, block, tokens, lanes);
-  const auto read_x = [&](index_t token, index_t d, index_t count, float* to) {
-    read_strided(x.format, x.data + (token * x.stride[2] + d * x.stride[3]) * row_bytes(x.format, 1), x.stride[3], count,
-                 to);
-  };
+  const auto read_x = read_tokens(x, tokens);
   const auto rows_at = [](float* rows, index_t row_width) {
     return [rows, row_width](index_t token, index_t n, index_t count, const float* from) {
       std::copy_n(from, count, rows + token * row_width + n);
@@ -270,17 +251,17 @@ Status mla_block(const MlaBlock& block, const Operand& x, Cache& cache, const At
   const MlaBlockWeights& w = block.weights;
   if (const index_t rank = q_rank(block); rank > 0) {
     read_strided(w.q_norm.format, w.q_norm.data, w.q_norm.stride[3], rank, memory.gains);
-    project_tokens(options, memory, tokens, w.q_a, read_x, rows_at(memory.c_q, rank));
+    project_tokens(options.executor, memory, tokens, w.q_a, read_x, rows_at(memory.c_q, rank));
     for (index_t t = 0; t < tokens; ++t) rms_norm(memory.c_q + t * rank, rank, memory.gains, block.eps);
-    project_tokens(options, memory, tokens, w.q_b, read_rows(memory.c_q, rank), rows_at(memory.q, q_width(dims)));
+    project_tokens(options.executor, memory, tokens, w.q_b, read_rows(memory.c_q, rank), rows_at(memory.q, q_width(dims)));
   } else {
-    project_tokens(options, memory, tokens, w.q_b, read_x, rows_at(memory.q, q_width(dims)));
+    project_tokens(options.executor, memory, tokens, w.q_b, read_x, rows_at(memory.q, q_width(dims)));
   }
 
   // Latent rows.
   float* const gain = memory.gains + q_rank(block);
   read_strided(w.kv_norm.format, w.kv_norm.data, w.kv_norm.stride[3], dims.latent, gain);
-  project_tokens(options, memory, tokens, w.kv_a, read_x, rows_at(memory.rows, width));
+  project_tokens(options.executor, memory, tokens, w.kv_a, read_x, rows_at(memory.rows, width));
   for (index_t t = 0; t < tokens; ++t) rms_norm(memory.rows + t * width, dims.latent, gain, block.eps);
 
   if (dims.rope > 0) {
@@ -326,7 +307,7 @@ Status mla_block(const MlaBlock& block, const Operand& x, Cache& cache, const At
     return s;
   }
 
-  project_tokens(options, memory, tokens, w.o, read_rows(memory.o, dims.heads * dims.value),
+  project_tokens(options.executor, memory, tokens, w.o, read_rows(memory.o, dims.heads * dims.value),
                  [&](index_t token, index_t n, index_t count, const float* from) {
                    std::byte* const to = y.data + (token * y.stride[2] + n * y.stride[3]) * row_bytes(y.format, 1);
                    write_strided(y.format, from, count, to, y.stride[3]);

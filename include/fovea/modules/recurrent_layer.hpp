@@ -8,7 +8,7 @@
 
 #include "../core/recurrent.hpp"
 #include "../mechanisms/short_conv.hpp"
-#include "../simd/project.hpp"
+#include "projection.hpp"
 #include "recurrent_norms.hpp"
 
 namespace fovea {
@@ -64,10 +64,9 @@ inline Status check_weight(const char* layer, const Weight& weight, door::Memory
     return door::invalid("fovea: %s: %s is [%td, %td, %td, %td]%s, must be [1, 1, %td, %td]", layer, weight.name,
                          w.extent[0], w.extent[1], w.extent[2], w.extent[3], w.data == nullptr ? " without data" : "", rows,
                          weight.columns);
-  if (vector ? !is_plain(w.format) : !is_weight_format(w.format) || (w.stride[3] != 1 && weight.columns > 1))
-    return door::unsupported("fovea: %s: %s is %s with innermost stride %td; weights are f32, bf16 or f16 with stride 1",
-                             layer, weight.name, static_cast<int>(w.format) < kFormats ? name_of(w.format) : "no format",
-                             w.stride[3]);
+  if (!vector || !is_plain(w.format)) {
+    if (Status s = check_weight_format(layer, weight.name, w); !s.ok()) return s;
+  }
   return memory.reads(weight.name, w);
 }
 
@@ -128,23 +127,6 @@ inline Common carve_common(Bump& bump, index_t channels, index_t width, index_t 
   return memory;
 }
 
-// rows times the matrix: read(token, d, count, to) gives numbers of a row, write(token, n, count, from) takes them.
-template <class Read, class Write>
-void project_tokens(const Executor& executor, const Common& memory, index_t tokens, const Operand& weights, const Read& read,
-                    const Write& write) {
-  const StoredMatrix matrix = matrix_of(weights);
-  deal(executor, executor.lanes(), project_tasks(tokens, matrix.rows), [&](int lane, index_t task) {
-    Bump bump(memory.scratch + memory.lane_bytes * static_cast<std::size_t>(lane));
-    project_task(task, tokens, matrix, Weights::by_output, carve_project(bump, tokens), read, write);
-  });
-}
-
-inline auto read_tokens(const Operand& x, const Tokens& tokens) {
-  return [&x, tokens](index_t token, index_t d, index_t count, float* to) {
-    const index_t at = token / tokens.len * x.stride[0] + token % tokens.len * x.stride[2] + d * x.stride[3];
-    read_strided(x.format, x.data + at * row_bytes(x.format, 1), x.stride[3], count, to);
-  };
-}
 inline auto read_rows(const Rows& rows) {
   return [rows](index_t token, index_t d, index_t count, float* to) {
     std::copy_n(rows.data + token * rows.width + d, count, to);

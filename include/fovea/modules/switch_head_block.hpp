@@ -17,9 +17,8 @@
 
 #include "../core/attention_options.hpp"
 #include "../core/workspace.hpp"
-#include "../engine/deal.hpp"
 #include "../mechanisms/head_mixtures.hpp"
-#include "../simd/project.hpp"
+#include "projection.hpp"
 
 namespace fovea {
 inline namespace v0 {
@@ -158,11 +157,6 @@ inline Status check_weights(const char* name, const Operand& w, const std::array
                          want[0], want[1], want[2], want[3]);
   return door::check_data(name, w, bytes);
 }
-inline Status check_weight_format(const char* name, const Operand& w) {
-  if (is_weight_format(w.format) && (w.stride[3] == 1 || w.extent[3] <= 1)) return {};
-  return door::unsupported("fovea: %s is %s with innermost stride %td; weights are f32, bf16 or f16 with stride 1", name,
-                           static_cast<int>(w.format) < kFormats ? name_of(w.format) : "no format", w.stride[3]);
-}
 
 }   // namespace switch_head_parts
 
@@ -191,7 +185,7 @@ inline Status expert_mixture(const Operand& a_any, const Operand& weights_any, c
   door::Bytes a_bytes, weight_bytes, expert_bytes, route_bytes, out_bytes;
   if (Status s = door::check_plain("a", a.format); !s.ok()) return s;
   if (Status s = door::check_plain("out", out.format); !s.ok()) return s;
-  if (Status s = check_weight_format("weights", weights); !s.ok()) return s;
+  if (Status s = check_weight_format("expert_mixture", "weights", weights); !s.ok()) return s;
   if (Status s = door::check_data("a", a, a_bytes); !s.ok()) return s;
   if (Status s = door::check_data("weights", weights, weight_bytes); !s.ok()) return s;
   if (Status s = door::check_data("routes.experts", tidied.experts, expert_bytes); !s.ok()) return s;
@@ -264,23 +258,6 @@ inline Memory carve(Bump& bump, const SwitchHeadBlock& block, index_t tokens, in
   return memory;
 }
 
-// rows [token, output] = x W'.
-inline void project_tokens(const Operand& x, const Operand& w, float* rows, const Executor& executor, const Memory& memory) {
-  const StoredMatrix matrix = matrix_of(w);
-  const index_t len = x.extent[2], tokens = x.extent[0] * len;
-  const auto read = [&](index_t token, index_t d, index_t count, float* to) {
-    const index_t at = token / len * x.stride[0] + token % len * x.stride[2] + d * x.stride[3];
-    read_strided(x.format, x.data + at * row_bytes(x.format, 1), x.stride[3], count, to);
-  };
-  const auto write = [&](index_t token, index_t n, index_t count, const float* from) {
-    std::copy_n(from, count, rows + token * matrix.rows + n);
-  };
-  deal(executor, executor.lanes(), project_tasks(tokens, matrix.rows), [&](int lane, index_t task) {
-    Bump bump(memory.scratch + memory.lane_bytes * static_cast<std::size_t>(lane));
-    project_task(task, tokens, matrix, Weights::by_output, carve_project(bump, tokens), read, write);
-  });
-}
-
 }   // namespace switch_head_parts
 
 // For up to `tokens` = batch * pos tokens in a call.
@@ -334,7 +311,7 @@ Status switch_head_block(const SwitchHeadBlock& block, const Operand& x_any, con
                                Weight{"o", w.o, {heads, block.experts, block.dim_v, block.model}}}) {
     door::Bytes bytes;
     if (Status s = check_weights(weight.name, weight.tensor, weight.extent, bytes); !s.ok()) return s;
-    if (Status s = check_weight_format(weight.name, weight.tensor); !s.ok()) return s;
+    if (Status s = check_weight_format("switch_head_block", weight.name, weight.tensor); !s.ok()) return s;
     if (Status s = door::check_apart({"y", y_bytes}, weight.name, bytes); !s.ok()) return s;
   }
   const Executor& executor = options.executor;
@@ -348,8 +325,15 @@ Status switch_head_block(const SwitchHeadBlock& block, const Operand& x_any, con
     return Tensor<std::remove_pointer_t<decltype(rows)>>{
         rows, {batch, heads, len, width}, {len * heads * width, width, heads * width, 1}};
   };
+  const auto project = [&](const Operand& matrix, float* rows) {   // rows [token, output] = x W'
+    const index_t width = matrix.extent[2];
+    project_tokens(executor, memory, tokens, matrix, read_tokens(x, len),
+                   [=](index_t token, index_t n, index_t count, const float* from) {
+                     std::copy_n(from, count, rows + token * width + n);
+                   });
+  };
   const auto route = [&](const Operand& router, index_t* experts, float* weights) -> Status {
-    project_tokens(x, router, memory.logits, executor, memory);
+    project(router, memory.logits);
     for (index_t row = 0; row < tokens * heads; ++row) {
       const auto slots = static_cast<std::size_t>(block.active);
       const std::span<const float> logits(memory.logits + row * block.experts, static_cast<std::size_t>(block.experts));
@@ -364,8 +348,8 @@ Status switch_head_block(const SwitchHeadBlock& block, const Operand& x_any, con
   };
   const Tensor<float> q = per_head(memory.q, block.dim_qk), k = per_head(memory.k, block.dim_qk);
   const Tensor<float> v = per_head(memory.v, block.dim_v), o = per_head(memory.o, block.dim_v);
-  project_tokens(x, w.q, memory.q, executor, memory);
-  project_tokens(x, w.k, memory.k, executor, memory);
+  project(w.q, memory.q);
+  project(w.k, memory.k);
   if (Status s = route(w.v_router, memory.v_experts, memory.v_weights); !s.ok()) return s;
   if (Status s = route(w.o_router, memory.o_experts, memory.o_weights); !s.ok()) return s;
   mix(x, w.v, routes_of(memory.v_experts, memory.v_weights), v, executor, memory.scratch, memory.lane_bytes);
