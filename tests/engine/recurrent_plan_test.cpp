@@ -136,6 +136,27 @@ TEST_CASE("recurrent plans: tasks are every column of every state once", "[recur
   }
 }
 
+TEST_CASE("recurrent plans: levels are stepped one state a task, whatever the form of a single state", "[recurrent_plan]") {
+  for (const RecurrentKind& kind : {RecurrentKind{Written::additive, false}, RecurrentKind{Written::delta, false}}) {
+    const FormLimits& limits = form_limits(kind, 128, 128);
+    for (index_t len = 1; len <= limits.step_up_to + 1; ++len) {
+      const Asked asked(len);
+      float levels = 0;
+      LevelRun run;
+      static_cast<RecurrentRun&>(run) = asked.run;
+      run.final_state = {};
+      run.levels = 5;
+      run.final_levels = {&levels, {1, 4, 5, 128, 128}, {0, 0, 0, 128, 1}};
+      const RecurrentPlan plan = plan_levels(run, asked.options, kind);
+      INFO(len << " tokens");
+      CHECK((plan.form == RecurrentForm::step) == (len <= limits.step_up_to));
+      if (plan.form == RecurrentForm::step) CHECK(plan.group == 1);
+      run.final_levels = {};
+      CHECK(plan_levels(run, asked.options, kind).form != RecurrentForm::step);
+    }
+  }
+}
+
 TEST_CASE("recurrent plans: a call says what it does", "[recurrent_plan]") {
   constexpr index_t kLen = 70, kDim = 16;
   const std::vector<float> rows(kLen * kDim, 0.1f), gates(kLen, -0.1f), ones(kLen * 8, 1.f);

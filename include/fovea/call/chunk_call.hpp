@@ -42,6 +42,7 @@ RowMap row_map(const Map& map) {
 
 template <class Task, class Run, class Spec>
 Status run_tasks(const Run& run, const Spec& spec, const RecurrentOptions<float>& options) {
+  if (options.plan != nullptr) *options.plan = run.plan;
   const int lanes = static_cast<int>(std::min<index_t>(options.executor.lanes(), std::max<index_t>(run.plan.tasks, 1)));
   Bump count;
   Task::carve(count, run);
@@ -69,10 +70,7 @@ auto with_task(RecurrentRun& run, const RecurrentOptions<float>& options, const 
 template <class Spec>
 Status run_recurrent(RecurrentRun& run, const Spec& spec, const RecurrentOptions<float>& options) {
   static_assert(check_chunk_spec<Spec>());
-  return with_task<Spec>(run, options, [&]<class Task>() {
-    if (options.plan != nullptr) *options.plan = run.plan;
-    return run_tasks<Task>(run, spec, options);
-  });
+  return with_task<Spec>(run, options, [&]<class Task>() { return run_tasks<Task>(run, spec, options); });
 }
 
 // Bytes for options.workspace, whatever the form.

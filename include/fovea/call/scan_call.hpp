@@ -55,12 +55,8 @@ template <class Scan>
 Status run_scan(Scan scan, const RecurrentOptions<float>& options) {
   const int lanes = options.executor.lanes();
   scan.width = scan.width_for(lanes);
-  if (options.plan != nullptr) {   // a scan has one form
-    *options.plan = {};
-    options.plan->form = RecurrentForm::fused;
-    options.plan->chunk = 1;
-    options.plan->tasks = scan.tasks();
-  }
+  if (options.plan != nullptr)   // a scan has one form
+    *options.plan = {.form = RecurrentForm::fused, .chunk = 1, .tasks = scan.tasks()};
   return deal_in_memory<LocalBytes>(options.executor, lanes, scan.tasks(), options.workspace, scan_slice(scan),
                                     [&](Bump bump, index_t task) { scan.run(task, scan.carve(bump)); });
 }

@@ -691,20 +691,16 @@ inline constexpr index_t kLevelChunk = 64;
 inline RecurrentPlan plan_levels(const LevelRun& run, const RecurrentOptions<float>& options, const RecurrentKind& kind) {
   const index_t chunk = options.chunk != 0 ? options.chunk : kLevelChunk;
   const index_t kept = std::max<index_t>(run.levels - bits_of(chunk) + 1, 1);
-  RecurrentPlan plan = plan_recurrent(run, options, kind, kept);
-  plan.chunk = chunk;
-  const auto longest = [&] {
-    index_t most = 0;
-    for (index_t n = 0; n < run.shape.sequences; ++n) {
-      const SequenceRun tokens = sequence_run(run.shape, options.cu_len, n);
-      most = std::max(most, tokens.end - tokens.begin);
-    }
-    return most;
+  const auto few = [&] {
+    return longest_sequence(run.shape, options.cu_len) <= form_limits(kind, run.shape.dim_k, run.shape.dim_v).step_up_to;
   };
-  const bool steps =
-      options.form == RecurrentForm::step ||
-      (options.form == RecurrentForm::automatic && longest() <= form_limits(kind, run.shape.dim_k, run.shape.dim_v).step_up_to);
-  if (steps && run.final_levels) plan.form = RecurrentForm::step;
+  const bool steps = run.final_levels && (options.form == RecurrentForm::step ||
+                                          (options.form == RecurrentForm::automatic && few()));
+  RecurrentOptions<float> asked = options;
+  if (steps) asked.form = RecurrentForm::fused;   // its tasks: one state each, by itself
+  RecurrentPlan plan = plan_recurrent(run, asked, kind, kept);
+  if (steps) plan.form = RecurrentForm::step;
+  plan.chunk = chunk;
   return plan;
 }
 

@@ -42,18 +42,24 @@ inline const FormLimits& form_limits(const RecurrentKind& kind, index_t dim_k, i
   return *found;
 }
 
+// Tokens of the longest sequence.
+inline index_t longest_sequence(const RecurrentShape& shape, std::span<const index_t> cu_len) {
+  index_t longest = 0;
+  for (index_t n = 0; n < shape.sequences; ++n) {
+    const SequenceRun tokens = sequence_run(shape, cu_len, n);
+    longest = std::max(longest, tokens.end - tokens.begin);
+  }
+  return longest;
+}
+
 // states: how many matrices a head keeps at a time. tile_chunk: where chunks are to multiply in tiles of bf16, their length.
 inline RecurrentPlan plan_recurrent(const RecurrentRun& run, const RecurrentOptions<float>& options, const RecurrentKind& kind,
                                     index_t states = 1, index_t tile_chunk = 0) {
   const RecurrentShape& shape = run.shape;
   const FormLimits& limits = form_limits(kind, shape.dim_k, shape.dim_v);
   RecurrentPlan plan;
-  index_t longest = 0, all = 0;
-  for (index_t n = 0; n < shape.sequences; ++n) {
-    const SequenceRun tokens = sequence_run(shape, options.cu_len, n);
-    longest = std::max(longest, tokens.end - tokens.begin);
-    all += tokens.end - tokens.begin;
-  }
+  const index_t longest = longest_sequence(shape, options.cu_len);
+  const index_t all = options.cu_len.empty() ? shape.sequences * shape.len : options.cu_len.back();
   const index_t busy = all / std::max<index_t>(longest, 1);   // sequences, were all as long as the longest
   plan.form = options.form;
   if (plan.form == RecurrentForm::automatic) {

@@ -75,7 +75,6 @@ inline LevelRun bind_levels(const Operand& q, const Operand& k, const Operand& v
 template <class Spec>
 Status run_levels(LevelRun& run, const Spec& spec, const RecurrentOptions<float>& options) {
   run.plan = plan_levels(run, options, kind_of<Spec>());
-  if (options.plan != nullptr) *options.plan = run.plan;
   return run_tasks<LevelTask<Spec>>(run, spec, options);
 }
 

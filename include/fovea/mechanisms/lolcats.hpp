@@ -544,11 +544,7 @@ inline Status lolcats(const Operand& q_in, const Operand& k_in, const Operand& v
     HeadRun(call, task / shape.out_heads, task % shape.out_heads, lane_memory).run();
   };
   const index_t heads = shape.sequences * shape.out_heads;
-  if (options.plan != nullptr) {
-    *options.plan = {};
-    options.plan->chunk = kBlock;
-    options.plan->groups = options.plan->tasks = heads;
-  }
+  if (options.plan != nullptr) *options.plan = {.chunk = kBlock, .groups = heads, .tasks = heads};
   return door::deal_in_memory<door::LocalBytes>(options.executor, lanes_of(shape, options), heads, options.workspace,
                                                 one_lane.used(), run_head);
 }
