@@ -23,6 +23,29 @@ inline namespace FOVEA_ARCH {
 // Rows of this many numbers at most.
 inline constexpr index_t kAppendDim = 1024;
 
+// Row (kv_head, token) of a tensor [1, kv_head, token, dim].
+inline void read_token_row(const Operand& from, index_t token, index_t kv_head, float* to) {
+  const index_t at = kv_head * from.stride[1] + token * from.stride[2];
+  read_numbers(from.format, from.data + at * row_bytes(from.format, 1), from.stride[3], from.extent[3], to);
+}
+
+// Stores the key of a kv head; says how many numbers i8_channel had to clip.
+inline index_t store_key(const CacheRows& rows, index_t kv_head, const float* numbers, std::byte* k_row) {
+  const float* const scale = rows.k_channel_scale == nullptr ? nullptr : rows.k_channel_scale + kv_head * rows.dim_qk;
+  return quantise_row(rows.k, numbers, 1, rows.dim_qk, scale, k_row);
+}
+
+// Has the table rows for `count` positions of keys? what: "positions", "sinks at".
+inline Status check_rope_table(const RopeTable& table, index_t dim, const char* what, index_t position, index_t count) {
+  if (2 * table.pairs > dim)
+    return Status::error(Code::invalid_argument, "cache: the RoPE table turns %td numbers, keys have %td", 2 * table.pairs, dim);
+  const index_t first = table.first_pos, end = first + table.len;
+  if (position < first || position > end - count)
+    return Status::error(Code::invalid_argument, "cache: %s %td to %td are outside the RoPE table's %td to %td", what, position,
+                         position + count - 1, first, end - 1);
+  return {};
+}
+
 // Encodes tokens of k [1, kv_head, token, dim_qk] and v [1, kv_head, token, dim_v] (f32, f64, bf16 or f16, any strides) as a
 // cache's RowWriter. `lost` counts numbers that i8_channel, or a divisor, had to clip.
 struct TokenWriter {
@@ -34,7 +57,7 @@ struct TokenWriter {
 
   void operator()(index_t token, index_t kv_head, std::byte* k_row, std::byte* v_row) const {
     float numbers[kAppendDim];
-    read_row(k, token, kv_head, numbers);
+    read_token_row(k, token, kv_head, numbers);
     if (rope.table != nullptr) {
       const RopeTable& table = *rope.table;
       const index_t position = rope.position + token;
@@ -51,17 +74,10 @@ struct TokenWriter {
         *lost += numbers[d] < quotient || numbers[d] > quotient;
       }
     }
-    const float* const scale = rows.k_channel_scale == nullptr ? nullptr : rows.k_channel_scale + kv_head * rows.dim_qk;
-    *lost += quantise_row(rows.k, numbers, 1, rows.dim_qk, scale, k_row);
+    *lost += store_key(rows, kv_head, numbers, k_row);
     if (v_row == nullptr) return;
-    read_row(v, token, kv_head, numbers);
+    read_token_row(v, token, kv_head, numbers);
     *lost += quantise_row(rows.v, numbers, 1, rows.dim_v, nullptr, v_row);
-  }
-
- private:
-  static void read_row(const Operand& from, index_t token, index_t kv_head, float* to) {
-    const index_t at = kv_head * from.stride[1] + token * from.stride[2];
-    read_numbers(from.format, from.data + at * row_bytes(from.format, 1), from.stride[3], from.extent[3], to);
   }
 };
 
@@ -82,14 +98,7 @@ inline Status check_append(const CacheRows& rows, const Operand& k, const Operan
   if (len > 0 && (k.data == nullptr || (!rows.v_in_k && v.data == nullptr)))
     return Status::error(Code::invalid_argument, "cache: k or v to append has null data");
   if (rope.table == nullptr || len == 0) return {};
-  if (2 * rope.table->pairs > rows.dim_qk)
-    return Status::error(Code::invalid_argument, "cache: the RoPE table turns %td numbers, keys have %td",
-                         2 * rope.table->pairs, rows.dim_qk);
-  const index_t first = rope.table->first_pos, end = first + rope.table->len;
-  if (rope.position < first || rope.position > end - len)
-    return Status::error(Code::invalid_argument, "cache: positions %td to %td are outside the RoPE table's %td to %td",
-                         rope.position, rope.position + len - 1, first, end - 1);
-  return {};
+  return check_rope_table(*rope.table, rows.dim_qk, "positions", rope.position, len);
 }
 
 // Appends the tokens of k and v to a sequence of any cache: contiguous, paged or ring. With v_in_k v is ignored. Refused without

@@ -27,17 +27,19 @@ class PageLists {
     index_t sequences = 0, pages = 0;   // room
     std::int32_t* page = nullptr;       // [pages]
     index_t *begin = nullptr, *len = nullptr;
+
+    void take(Bump& bump, index_t room_sequences, index_t room_pages) {
+      sequences = room_sequences;
+      pages = room_pages;
+      page = bump.take<std::int32_t>(pages);
+      begin = bump.take<index_t>(sequences + 1);
+      len = bump.take<index_t>(sequences);
+    }
   };
 
   Status reserve(index_t sequences, index_t pages) {
     if (owned_.state.begin != nullptr && owned_.state.sequences >= sequences && owned_.state.pages >= pages) return {};
-    return allocate(owned_, [&](Bump& bump, State& state) {
-      state.sequences = sequences;
-      state.pages = pages;
-      state.page = bump.take<std::int32_t>(pages);
-      state.begin = bump.take<index_t>(sequences + 1);
-      state.len = bump.take<index_t>(sequences);
-    });
+    return allocate(owned_, [&](Bump& bump, State& state) { state.take(bump, sequences, pages); });
   }
 
   Owned<State> owned_;
@@ -71,9 +73,7 @@ class PagedCache {
       state.store = RowStore(bump, shape.rows, shape.pages, shape.page_size, shape.layout, shape.poison);
       state.table = bump.take<std::int32_t>(shape.sequences * width);
       state.first_position = bump.take<std::int32_t>(shape.sequences * width);
-      state.csr_pages = bump.take<std::int32_t>(shape.sequences * width);
-      state.csr_begin = bump.take<index_t>(shape.sequences + 1);
-      state.csr_len = bump.take<index_t>(shape.sequences);
+      state.csr.take(bump, shape.sequences, shape.sequences * width);
       state.len = bump.take<index_t>(shape.sequences);
       state.next_position = bump.take<index_t>(shape.sequences);
       state.alive = bump.take<bool>(shape.sequences);
@@ -89,7 +89,6 @@ class PagedCache {
     std::fill_n(now.next_position, now.sequences, index_t{0});
     std::fill_n(now.alive, now.sequences, false);
     std::fill_n(now.references, now.pages, 0);
-    now.csr_begin[0] = 0;
     // The stack gives page 0 first.
     for (index_t page = 0; page < now.pages; ++page) now.free_pages[page] = static_cast<std::int32_t>(now.pages - 1 - page);
     now.free_count = now.pages;
@@ -330,8 +329,7 @@ class PagedCache {
   // the next change and the next csr().
   Status csr(std::span<const index_t> wanted, KvBatch* out) {
     if (Status status = check_wanted(wanted, 0); !status.ok()) return status;
-    State& now = state();
-    *out = list_pages(wanted, 0, now.csr_pages, now.csr_begin, now.csr_len);
+    *out = list_pages(wanted, 0, state().csr);
     return {};
   }
 
@@ -342,8 +340,7 @@ class PagedCache {
   Status csr(std::span<const index_t> wanted, index_t skip, PageLists& lists, KvBatch* out) const {
     if (Status status = check_wanted(wanted, skip); !status.ok()) return status;
     if (Status status = lists.reserve(sequences(), sequences() * state().width); !status.ok()) return status;
-    const PageLists::State& to = lists.owned_.state;
-    *out = list_pages(wanted, skip, to.page, to.begin, to.len);
+    *out = list_pages(wanted, skip, lists.owned_.state);
     return {};
   }
 
@@ -435,9 +432,7 @@ class PagedCache {
     bool* alive = nullptr;                                       // [sequence]
     std::int32_t* references = nullptr;                          // [page]
     std::int32_t* free_pages = nullptr;                          // [free_count]  a stack
-    std::int32_t* csr_pages = nullptr;                           // the last csr()
-    index_t* csr_begin = nullptr;                                // [sequence + 1]
-    index_t* csr_len = nullptr;                                  // [sequence]
+    PageLists::State csr;                                        // the last csr()
     std::int32_t *recounted = nullptr, *last_reader = nullptr;   // [page]  check()
   };
 
@@ -472,18 +467,18 @@ class PagedCache {
     }
     return {};
   }
-  KvBatch list_pages(std::span<const index_t> wanted, index_t skip, std::int32_t* page, index_t* begin, index_t* len) const {
-    begin[0] = 0;
+  KvBatch list_pages(std::span<const index_t> wanted, index_t skip, const PageLists::State& to) const {
+    to.begin[0] = 0;
     for (std::size_t n = 0; n < wanted.size(); ++n) {
       const auto pages = pages_of(wanted[n]).subspan(static_cast<std::size_t>(skip / page_size()));
-      std::copy(pages.begin(), pages.end(), page + begin[n]);
-      begin[n + 1] = begin[n] + static_cast<index_t>(pages.size());
-      len[n] = state().len[wanted[n]] - skip;
+      std::copy(pages.begin(), pages.end(), to.page + to.begin[n]);
+      to.begin[n + 1] = to.begin[n] + static_cast<index_t>(pages.size());
+      to.len[n] = state().len[wanted[n]] - skip;
     }
-    KvBatch listed{store().kv(), {len, wanted.size()}};
+    KvBatch listed{store().kv(), {to.len, wanted.size()}};
     listed.kv.home = Home::paged;
-    listed.kv.page_indices = {page, static_cast<std::size_t>(begin[wanted.size()])};
-    listed.kv.page_begin = {begin, wanted.size() + 1};
+    listed.kv.page_indices = {to.page, static_cast<std::size_t>(to.begin[wanted.size()])};
+    listed.kv.page_begin = {to.begin, wanted.size() + 1};
     return listed;
   }
   Status no_sequence() const {

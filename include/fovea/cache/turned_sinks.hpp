@@ -52,10 +52,7 @@ class TurnedSinks {
     const index_t sinks = std::min(cache.seen(sequence), state().sinks);
     if (sinks <= first) return {};
     for (index_t kv_head = 0; kv_head < state().kv_heads; ++kv_head) {
-      for (index_t sink = first; sink < sinks; ++sink) {
-        const index_t at = kv_head * k.stride[1] + (sink - first) * k.stride[2];
-        read_numbers(k.format, k.data + at * row_bytes(k.format, 1), k.stride[3], state().dim, key(sequence, kv_head, sink));
-      }
+      for (index_t sink = first; sink < sinks; ++sink) read_token_row(k, sink - first, kv_head, key(sequence, kv_head, sink));
     }
     state().kept[sequence] = sinks;
     // New sinks stand at their places in the text; older ones may have been turned before a rollback.
@@ -76,21 +73,14 @@ class TurnedSinks {
     if (sinks > state().kept[sequence])
       return Status::error(Code::invalid_argument, "cache: sequence %td has %td sinks, %td came through TurnedSinks", sequence,
                            sinks, state().kept[sequence]);
-    if (2 * table.pairs > state().dim)
-      return Status::error(Code::invalid_argument, "cache: the RoPE table turns %td numbers, keys have %td", 2 * table.pairs,
-                           state().dim);
-    if (first < table.first_pos || first + sinks > table.first_pos + table.len)
-      return Status::error(Code::invalid_argument, "cache: sinks at %td to %td are outside the RoPE table's %td to %td", first,
-                           first + sinks - 1, table.first_pos, table.first_pos + table.len - 1);
-    const CacheRows& rows = cache.rows();
+    if (Status status = check_rope_table(table, state().dim, "sinks at", first, sinks); !status.ok()) return status;
     float numbers[kAppendDim];
     for (index_t kv_head = 0; kv_head < state().kv_heads; ++kv_head) {
-      const float* const scale = rows.k_channel_scale == nullptr ? nullptr : rows.k_channel_scale + kv_head * state().dim;
       for (index_t sink = 0; sink < sinks; ++sink) {
         rotate_rows(state().layout, key(sequence, kv_head, sink), 0, numbers, 0, 1, table.cos_at(first + sink),
                     table.sin_at(first + sink), 0, table.pairs, state().dim);
         const index_t clipped =
-            quantise_row(rows.k, numbers, 1, state().dim, scale, cache.writable_k_row(sequence, kv_head, sink));
+            store_key(cache.rows(), kv_head, numbers, cache.writable_k_row(sequence, kv_head, sink));
         if (lost != nullptr) *lost += clipped;
       }
     }
