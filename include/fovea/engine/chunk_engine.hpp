@@ -505,6 +505,7 @@ class ChunkTask {
                         at_.count == rows_ && columns == kPanel;
     float* const to = direct ? reinterpret_cast<float*>(row) : m_.out;
     const index_t to_stride = direct ? run_.out.stride[2] : kPanel;
+    const int count = !writes_ ? 1 : kLowRank ? 3 : 2;   // of terms
     with_vectors(p, [&](auto vectors) {
       for (index_t r = 0; r < rows_;) {
         const index_t first = r;
@@ -515,11 +516,7 @@ class ChunkTask {
                                         {kLowRank ? m_.weights_b + first : nullptr, stride_, w, kPanel, reach}};
           ProductBase from;
           from.scale_by_row = m_.read_prefix + first;
-          product_tile<rows.value, vectors.value>(terms,
-                                                  !writes_   ? 1
-                                                  : kLowRank ? 3
-                                                             : 2,
-                                                  from, to + first * to_stride, to_stride);
+          product_tile<rows.value, vectors.value>(terms, count, from, to + first * to_stride, to_stride);
           worked(rows.value, run_.shape.dim_k + reach);
         });
       }
