@@ -287,32 +287,28 @@ TEST_CASE("NaN in a draft that a branch does not see leaves no trace", "[tree][p
   }
 }
 
+// A step over pages of 16 that is refused with these words, nothing written.
+void check_refused(Step& step, index_t queries, index_t pages, std::span<const std::uint64_t> tree, fovea::Code code,
+                   std::initializer_list<const char*> words) {
+  const Housed paged(step.keys.k, step.keys.v, consecutive(step.keys.len), pages_of(16, pages));
+  Answer answer(Format::f32, queries, kHeads, kDimV);
+  AttentionOptions options = step.options({Regime::automatic, Panels::f32});
+  options.lse = answer.lse_view();
+  options.tree = tree;
+  const fovea::Status status = attend_all(step.q.operand(), paged.kv(), answer.out.result(), options);
+  INFO(status.message());
+  CHECK(status.code() == code);
+  for (const char* const word : words) CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring(word));
+  CHECK(answer.untouched());
+}
+
 TEST_CASE("words of more than 64 queries are refused unless they say that there is no tree", "[tree][errors]") {
   Step step(kFormatPairs[1], 98, {3, 65}, {20, 200});
   step.words[3 + 7] = 0xff;
-  const Housed paged(step.keys.k, step.keys.v, consecutive(step.keys.len), pages_of(16, 14));
-  Answer answer(Format::f32, 68, kHeads, kDimV);
-  AttentionOptions options = step.with_tree(step.options({Regime::automatic, Panels::f32}));
-  options.lse = answer.lse_view();
-  const fovea::Status status = attend_all(step.q.operand(), paged.kv(), answer.out.result(), options);
-  INFO(status.message());
-  CHECK(status.code() == fovea::Code::unsupported);
-  CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring("sequence 1 has 65"));
-  CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring("word 7 is 0xff"));
-  CHECK(answer.untouched());
+  check_refused(step, 68, 14, step.words, fovea::Code::unsupported, {"sequence 1 has 65", "word 7 is 0xff"});
 }
 
 TEST_CASE("a tree needs a word per query", "[tree][errors]") {
   Step step(kFormatPairs[1], 97, {5, 3}, {20, 30});
-  const Housed paged(step.keys.k, step.keys.v, consecutive(step.keys.len), pages_of(16, 13));
-  Answer answer(Format::f32, 8, kHeads, kDimV);
-  AttentionOptions options = step.options({Regime::automatic, Panels::f32});
-  options.lse = answer.lse_view();
-  options.tree = std::span(step.words).subspan(1);
-  const fovea::Status status = attend_all(step.q.operand(), paged.kv(), answer.out.result(), options);
-  INFO(status.message());
-  CHECK(status.code() == fovea::Code::invalid_argument);
-  CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring("7 words"));
-  CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring("8 queries"));
-  CHECK(answer.untouched());
+  check_refused(step, 8, 13, std::span(step.words).subspan(1), fovea::Code::invalid_argument, {"7 words", "8 queries"});
 }

@@ -71,26 +71,28 @@ class StridedMapping {
   std::array<index_type, Extents::rank()> stride_{};
 };
 
-struct layout_right {   // the last axis is contiguous
-  template <class Extents>
-  class mapping : public StridedMapping<Extents> {
-   public:
-    constexpr mapping(const Extents& extents) : StridedMapping<Extents>(extents) {
-      typename Extents::index_type step = 1;
-      for (std::size_t axis = Extents::rank(); axis-- > 0; step *= extents.extent(axis)) this->stride_[axis] = step;
+// Dense axes: the last one contiguous, or the first.
+template <class Extents, bool LastFirst>
+class DenseMapping : public StridedMapping<Extents> {
+ public:
+  constexpr DenseMapping(const Extents& extents) : StridedMapping<Extents>(extents) {
+    typename Extents::index_type step = 1;
+    for (std::size_t n = 0; n < Extents::rank(); ++n) {
+      const std::size_t axis = LastFirst ? Extents::rank() - 1 - n : n;
+      this->stride_[axis] = step;
+      step *= extents.extent(axis);
     }
-  };
+  }
 };
 
-struct layout_left {   // the first axis is contiguous
+struct layout_right {
   template <class Extents>
-  class mapping : public StridedMapping<Extents> {
-   public:
-    constexpr mapping(const Extents& extents) : StridedMapping<Extents>(extents) {
-      typename Extents::index_type step = 1;
-      for (std::size_t axis = 0; axis < Extents::rank(); step *= extents.extent(axis++)) this->stride_[axis] = step;
-    }
-  };
+  using mapping = DenseMapping<Extents, true>;
+};
+
+struct layout_left {
+  template <class Extents>
+  using mapping = DenseMapping<Extents, false>;
 };
 
 struct layout_stride {
