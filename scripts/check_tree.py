@@ -4,6 +4,7 @@
 links only to public places, no large files."""
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -21,11 +22,11 @@ PUBLIC = {"github.com", "gitlab.com", "arxiv.org", "doi.org", "www.apache.org", 
 
 
 def files_of(root: pathlib.Path) -> list[pathlib.Path]:
-    listing = subprocess.run(["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-                             capture_output=True, text=True)
-    if listing.returncode == 0:
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+    if listing is not None and listing.returncode == 0:
         return sorted({root / name for name in listing.stdout.split("\0") if name and (root / name).is_file()})
-    skipped = {".git", "build", "__pycache__"}   # an unpacked archive is no git repository
+    skipped = {".git", "build", "__pycache__"}   # an unpacked archive is no git repository, and a bare machine has no git
     return sorted(f for f in root.rglob("*") if f.is_file() and not skipped.intersection(f.relative_to(root).parts))
 
 

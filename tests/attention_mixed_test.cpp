@@ -159,6 +159,26 @@ TEST_CASE("rows of the other part of a mixed cache leave no trace", "[bits][mixe
   }
 }
 
+TEST_CASE("pages of a mixed cache that lie below its exact keys need not be there", "[mixed]") {
+  const Cut cut{16, {1000, 250, 24, 16}};
+  const Keys keys(55, Format::bf16, Format::bf16, kKvHeads, kDimQk, kDimV, kLen);
+  Tokens q = random_queries(56, 4 * 3, kHeads, kDimQk);
+  for (const index_t size : {16, 5}) {
+    for (const bool csr : {false, true}) {
+      Lodging how{.home = Home::paged, .page_size = size, .csr = csr};
+      Mixed mixed(keys, keys, cut, how, {});
+      const Answer whole = attend_stored(q, mixed.kv(), options_of({}), 4);
+      for (index_t s = 0; s < 4; ++s) {
+        const index_t first = csr ? mixed.middle.page_begin[at(s)] : s * mixed.middle.width;
+        const index_t pages = cut.from[at(s)] <= cut.first ? 0 : cut.first / size;
+        for (index_t page = 0; page < pages; ++page) mixed.middle.table[at(first + page)] = -1;
+      }
+      INFO(describe(how));
+      CHECK(attend_stored(q, mixed.kv(), options_of({}), 4) == whole);
+    }
+  }
+}
+
 TEST_CASE("each key of a mixed cache is read from its own part", "[mixed]") {
   // Value j is the unit vector j, 1024 times as long in the exact part: the output shows each key's part by itself.
   const index_t len = 50;

@@ -137,3 +137,20 @@ TEST_CASE("weights of single rows = those rows of all", "[weights]") {
   }
   CHECK(fovea::attention_weights(x.q.view(), x.k.view(), r.lse_view(), {}, {few.data.data(), {0, 80}, {80, 1}}).ok());
 }
+
+TEST_CASE("weights of a query that is no number: NaN at the keys it sees, 0 at masked ones", "[weights]") {
+  Dense x(92, 1, 2, 1, 6, 20, 8, 8);
+  x.q.view()(0, 1, 3, 2) = std::numeric_limits<float>::quiet_NaN();
+  const AttentionOptions options{.causal = Causal::top_left, .window = {1, -1}};
+  const Result r = attend(x, options);
+  Values weights(1, 1, 2, 20);
+  const std::vector<fovea::WeightRow> rows{{0, 1, 3}, {0, 0, 3}};
+  REQUIRE(fovea::attention_weights(x.q.view(), x.k.view(), r.lse_view(), rows, {weights.data.data(), {2, 20}, {20, 1}}, options)
+              .ok());
+  for (index_t j = 0; j < 20; ++j) {
+    const bool is_seen = j == 2 || j == 3;
+    CHECK(std::isnan(weights.view()(0, 0, 0, j)) == is_seen);
+    if (!is_seen) CHECK(weights.view()(0, 0, 0, j) == 0);
+    CHECK((weights.view()(0, 0, 1, j) > 0) == is_seen);
+  }
+}

@@ -421,6 +421,12 @@ TEST_CASE("ONNX LinearAttention refuses with the numbers, and writes nothing", "
   spoil("q_num_heads is 3, must be a positive multiple of kv_num_heads, 2", [](Linear& b) { b.a.q_num_heads = 3; });
   spoil("q_num_heads is 0", [](Linear& b) { b.a.q_num_heads = 0; });
   spoil("kv_num_heads, 0", [](Linear& b) { b.a.kv_num_heads = 0; });
+  spoil("4611686018427387904 query heads of 4 numbers are more than an output can have", [](Linear& b) {
+    b.a = {.update_rule = OnnxUpdateRule::linear, .q_num_heads = std::int64_t{1} << 62, .kv_num_heads = 1};
+    b.q = b.k = zeros(OnnxType::f32, {1, 1, 0});
+    b.v = zeros(OnnxType::f32, {1, 1, 4});
+    b.past = b.decay = b.beta = {};
+  });
   spoil("the last axis of query, 25, cannot be cut into 4 heads", [](Linear& b) { b.q = zeros(OnnxType::f32, {2, 5, 25}); });
   spoil("key has 14 on axis 2, must be 12", [](Linear& b) { b.k = zeros(OnnxType::f32, {2, 5, 14}); });
   spoil("key has 4 on axis 1, must be 5", [](Linear& b) { b.k = zeros(OnnxType::f32, {2, 4, 12}); });

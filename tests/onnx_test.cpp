@@ -883,6 +883,10 @@ TEST_CASE("ONNX files: a case written, read and run", "[onnx][files]") {
                    "update_rule erase of LinearAttention") == Verdict::unsupported);
   CHECK(verdict_of(node_of("LinearAttention", {"Q", "K", "V", "", "", "", "Q"}, {"Y"}), 27, "input Q of LinearAttention") ==
         Verdict::unsupported);
+  for (const char* const op : {"Attention", "RotaryEmbedding", "TensorScatter", "CausalConvWithState"}) {
+    const std::string reason = std::string("input Q of ") + op;
+    CHECK(verdict_of(node_of(op, {"Q", "K", "V", "", "", "", "", "Q"}, {"Y"}), 25, reason.c_str()) == Verdict::unsupported);
+  }
   CHECK(verdict_of(node_of("CausalConvWithState", {"Q", "K"}, {"Y"}, {attribute_text("activation", "relu")}), 27,
                    "activation relu of CausalConvWithState") == Verdict::unsupported);
   CHECK(verdict_of(node_of("Attention", {"Q", "K", "V"}, {"Y"}, {}, "com.microsoft"), 25,
@@ -919,6 +923,9 @@ TEST_CASE("ONNX files: a folder's last line and exit status", "[onnx][files]") {
     CHECK(folder.run(name).lines.back() == "0 passed, 1 failed, 0 unsupported");
     CHECK(folder.run(name).status == 1);
   }
+  // A file may claim any size without holding it.
+  std::filesystem::resize_file(folder.path / "b_spoiled" / "test_data_set_0" / "input_0.pb", std::uintmax_t{3} << 30);
+  CHECK_THAT(folder.run("b_spoiled").lines[0], ContainsSubstring("input_0.pb is too large"));
   std::filesystem::remove_all(folder.path / "b_spoiled" / "test_data_set_0");
   CHECK_THAT(folder.run("b_spoiled").lines[0], ContainsSubstring("no test_data_set_<n>"));
   CHECK(folder.run("b_spoiled").status == 1);
@@ -942,6 +949,7 @@ TEST_CASE("ONNX files: score_mod graphs are read by meaning", "[onnx][files]") {
     return tensor_file(name, listed(OnnxType::i64, std::move(shape), values));
   };
   const std::vector<std::string> constants = {number("cap", 2.f),
+                                              number("half", 0.5f),
                                               number("neg_inf", -HUGE_VALF),
                                               integers("0", {}, {0}),
                                               integers("1", {}, {1}),
@@ -970,11 +978,17 @@ TEST_CASE("ONNX files: score_mod graphs are read by meaning", "[onnx][files]") {
         "3:0.00 ");
   CHECK(steps_of({node_of("LessOrEqual", {"k", "q"}, {"m"}), node_of("Where", {"m", "s", "neg_inf"}, {"out"})}) ==
         "3:0.00 ");
+  CHECK(steps_of({node_of("Cast", {"cap"}, {"i"}, {attribute("to", 7)}), node_of("Cast", {"i"}, {"f"}, {attribute("to", 1)}),
+                  node_of("Add", {"s", "f"}, {"out"})}) == "0:2.00 ");
   CHECK(steps_of({node_of("Sub", {"k", "q"}, {"d"}), node_of("Cast", {"d"}, {"e"}, {attribute("to", 1)}),
                   node_of("Mul", {"e", "cap"}, {"f"}), node_of("Add", {"s", "f"}, {"out"})}) == "4:-2.0 ");
 
   const char* const refused = "a subgraph with node ";
   CHECK(steps_of({node_of("Erf", {"s"}, {"out"})}) == refused + std::string("Erf"));
+  CHECK(steps_of({node_of("Cast", {"half"}, {"i"}, {attribute("to", 7)}), node_of("Add", {"s", "i"}, {"out"})}) ==
+        refused + std::string("Cast"));
+  CHECK(steps_of({node_of("Cast", {"cap"}, {"b"}, {attribute("to", 9)}), node_of("Add", {"s", "b"}, {"out"})}) ==
+        refused + std::string("Cast"));
   CHECK(steps_of({node_of("Mul", {"s", "s"}, {"out"})}) == refused + std::string("Mul"));
   CHECK(steps_of({node_of("Div", {"cap", "s"}, {"out"})}) == refused + std::string("Div"));
   CHECK(steps_of({node_of("Add", {"s", "neg_inf"}, {"out"})}) == refused + std::string("Add"));

@@ -268,6 +268,10 @@ TEST_CASE("plans serve many calls and refuse others", "[sparse]") {
   const Kv kv = dense_kv(s.k_view(), s.v_view());
   REQUIRE(sparse_attention<OnlyF32>(plan, s.q_view(), kv, s.out_view(), options).ok());
   CHECK(s.out == direct);
+  std::fill(s.out.begin(), s.out.end(), -7.f);
+  const Status dense = attention<OnlyF32>(plan.plan, s.q_view(), kv, s.out_view(), options);
+  CHECK_THAT(dense.message(), Catch::Matchers::ContainsSubstring("the plan is for lists of keys"));
+  CHECK(s.out == std::vector<float>(s.out.size(), -7.f));
   options.causal = Causal::none;
   CHECK(sparse_attention<OnlyF32>(plan, s.q_view(), kv, s.out_view(), options).code() == Code::invalid_argument);
 }

@@ -72,6 +72,7 @@ class Engine {
     if (tokens.empty()) return Logits::failure("there is no token to run");
     if (const fovea::Status status = run(tokens, [](std::size_t) {}); !status.ok()) return Logits::failure(status.message());
     linear(normalised(x_.bottomRows(1), model_.norm), model_.output_weights(), logits_);
+    if (!logits_.allFinite()) return Result<std::span<const float>>::failure("a logit is infinite or no number: broken weights");
     return std::span<const float>(logits_.data(), static_cast<std::size_t>(logits_.size()));
   }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <span>
@@ -20,13 +21,25 @@ namespace generate {
 
 using Json = nlohmann::json;
 
+// A sparse file may claim any size, and would be filled with zeros page by page.
+inline constexpr std::uintmax_t kMaxFileBytes = std::uintmax_t{4} << 30;
+
 inline Result<std::vector<std::byte>> read_file(const std::filesystem::path& path) {
   using Bytes = Result<std::vector<std::byte>>;
   std::error_code code;
   const std::uintmax_t size = std::filesystem::is_regular_file(path, code) ? std::filesystem::file_size(path, code) : 0;
   std::ifstream file(path, std::ios::binary);
   if (code || !file || !std::filesystem::is_regular_file(path, code)) return Bytes::failure("cannot read %s", path.c_str());
-  std::vector<std::byte> bytes(size);
+  if (size > kMaxFileBytes) {
+    return Bytes::failure("%s has %llu bytes, more than %llu", path.c_str(), static_cast<unsigned long long>(size),
+                          static_cast<unsigned long long>(kMaxFileBytes));
+  }
+  std::vector<std::byte> bytes;
+  try {
+    bytes.resize(static_cast<std::size_t>(size));
+  } catch (const std::bad_alloc&) {
+    return Bytes::failure("%s: no memory for its %llu bytes", path.c_str(), static_cast<unsigned long long>(size));
+  }
   file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(size));
   if (static_cast<std::uintmax_t>(file.gcount()) != size) return Bytes::failure("%s ends early", path.c_str());
   return bytes;

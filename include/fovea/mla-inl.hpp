@@ -10,7 +10,7 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-inline constexpr index_t kMlaBytes = index_t{64} << 20;   // of absorbed queries and outputs, of expanded keys and values
+inline constexpr index_t kMlaBytes = index_t{64} << 20;   // absorbed queries and outputs of several sequences; expanded keys, values
 inline constexpr index_t kMlaQueries = 256;               // of one sequence at a time in the absorbed form
 
 namespace door {

@@ -87,8 +87,8 @@ struct MlaPlan {
 //            i8_channel. Projections are fp32 sums; Panels::bf16 concerns the attention within and rounds expanded keys and
 //            values too.
 // Options    as for attention, all of them; scale is (nope + rope)^-0.5 if absent (mla_scale has YaRN's mscale).
-// Memory     absorbed: a query and an output row of latent dims per query and head, at most 64 MiB of queries at a time;
-//            expanded: the keys and values of as many heads as fit 64 MiB, of at least one head.
+// Memory     absorbed: a query and an output row of latent dims per query and head, 64 MiB of them or 256 queries of one sequence
+//            at a time, whichever is more; expanded: the keys and values of as many heads as fit 64 MiB, of at least one head.
 // Allocates  the plan; with a plan and options.workspace nothing. Errors, masks, equal bits as for attention: an output row
 //            depends on its own sequence alone, in one form.
 template <class Compiled = AllFormats>

@@ -166,7 +166,10 @@ inline Status bind_linear(LinearCall& call, const OnnxLinearAttention& a, const 
   const index_t batch = call.q.extent[0], len = call.q.extent[2], dim_k = call.q.extent[3], dim_v = call.v.extent[3];
   if (Status s = check_shape<3>("key", in.key.shape, {batch, len, a.kv_num_heads * dim_k}); !s.ok()) return s;
   if (Status s = check_shape<3>("value", in.value.shape, {batch, len, a.kv_num_heads * dim_v}); !s.ok()) return s;
-  if (Status s = check_shape<3>("output", outputs.output.shape, {batch, len, a.q_num_heads * dim_v}); !s.ok()) return s;
+  index_t out_width = 0;
+  if (__builtin_mul_overflow(a.q_num_heads, dim_v, &out_width))
+    return invalid("fovea: %td query heads of %td numbers are more than an output can have", a.q_num_heads, dim_v);
+  if (Status s = check_shape<3>("output", outputs.output.shape, {batch, len, out_width}); !s.ok()) return s;
   if (Status s = view_of("output", outputs.output, a.q_num_heads, call.out); !s.ok()) return s;
   call.state_extent = {batch, a.kv_num_heads, dim_k, dim_v};
   if (carried) {

@@ -21,6 +21,7 @@ inline namespace FOVEA_ARCH {
 // Positions  a listed key keeps its position: causality, windows, ALiBi, biases and functors see it, whatever its place in a list.
 // NaN        in keys that are not listed leaves no trace; otherwise as in fovea::attention.
 // Order      the sum runs in the order of the lists: sorted lists give results that do not depend on who made them.
+// Same bits  as in fovea::attention, but the regime: with `automatic` the longest sequence of a ragged batch decides for all.
 // Costs      scattered keys (runs shorter than 8) are copied before they are read, once for all rows that share the list.
 // Allocates  the runs of the lists (8 bytes each) and the plan, kept per thread; with a SparsePlan and a workspace nothing.
 // Errors     as fovea::attention; an entry behind the sequence's keys is one. On error nothing has been written.

@@ -166,6 +166,10 @@ TEST_CASE("eviction: H2O chooses by the total order", "[eviction]") {
   const std::vector<float> bad(10, kNan);
   REQUIRE(kept.add(0, {bad.data(), {2, 5}, {5, 1}}).ok());
   CHECK(!kept.choose_heavy(0, 2, 2, keep).ok());
+  for (const index_t recent : {0, 2, 5}) {   // where every row stays, its sum does not matter
+    REQUIRE(kept.choose_heavy(0, 5, recent, keep).ok());
+    CHECK(list(1) == std::vector<std::int32_t>{0, 1, 2, 3, 4});
+  }
   CHECK(!kept.append(0, 6).ok());
   CHECK(!kept.add(0, {weights.data(), {3, 7}, {7, 1}}).ok());
 }
@@ -244,6 +248,10 @@ TEST_CASE("eviction: H2O with room for all is dense, and every query gives one",
     for (const float score : kept.scores(0, h)) sum += double{score};
     CHECK(std::abs(sum - 12) <= 1e-5);
   }
+  const std::vector<float> bad(24, kNan);
+  REQUIRE(kept.add(0, {bad.data(), {2, 12}, {12, 1}}).ok());
+  REQUIRE(fovea::evict_light_rows(cache, kept, 0, 8, 4).ok());
+  CHECK(cache.len(0) == 12);
   KeptTokens other;
   REQUIRE(other.create({1, 1, 12}).ok());
   CHECK(!fovea::evict_light_rows(cache, other, 0, 8, 2).ok());
@@ -288,6 +296,22 @@ TEST_CASE("eviction: SnapKV's choice", "[eviction]") {
           }
         }
       }
+    }
+  }
+}
+
+TEST_CASE("eviction: SnapKV keeps all rows that fit, whatever their votes", "[eviction]") {
+  SnapKvOptions options;
+  options.window = 4;
+  options.capacity = 10;
+  const std::vector<float> votes(10, kNan);
+  for (const SnapKvPool pool : {SnapKvPool::average, SnapKvPool::maximum}) {
+    options.pool = pool;
+    for (const index_t len : {5, 9, 10}) {
+      std::vector<std::int32_t> keep(static_cast<std::size_t>(len), -7);
+      std::vector<std::byte> memory(fovea::snapkv_bytes(len, options));
+      REQUIRE(fovea::snapkv_keep({votes.data(), {1, len}, {len, 1}}, len, {keep.data(), {1, len}, {len, 1}}, memory, options).ok());
+      for (std::size_t n = 0; n < keep.size(); ++n) CHECK(keep[n] == static_cast<std::int32_t>(n));
     }
   }
 }

@@ -135,7 +135,8 @@ TEST_CASE("index cache: refusals change nothing", "[index_cache]") {
         shape_of(8, 1, 0, IndexLayout::rows), shape_of(8, 1, 4, IndexLayout::rows, IndexRounding::none),
         shape_of(8, 1, 4, IndexLayout::deep_gemm, IndexRounding::none, Format::bf16),
         shape_of(8, 1, 4, IndexLayout::rows, IndexRounding::none, Format::i8_token),
-        shape_of(512, index_t{1} << 30, index_t{1} << 30, IndexLayout::rows)})
+        shape_of(512, index_t{1} << 30, index_t{1} << 30, IndexLayout::rows),
+        shape_of(8, 1, PTRDIFF_MAX - 10, IndexLayout::rows), shape_of(8, 1, PTRDIFF_MAX - 10, IndexLayout::deep_gemm)})
     CHECK_FALSE(cache.create(bad).ok());
   CHECK(cache.sequences() == 0);
 

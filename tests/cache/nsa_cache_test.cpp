@@ -2,6 +2,7 @@
 #include "fovea/cache/nsa_cache.hpp"
 
 #include "support/dense.hpp"
+#include "support/executors.hpp"
 
 namespace {
 
@@ -67,7 +68,11 @@ bool same_rows(const fovea::Stored& stored, index_t sequence, const Values& want
   return same;
 }
 
-std::vector<index_t> ones(index_t count) { return std::vector<index_t>(static_cast<std::size_t>(count), 1); }
+std::vector<index_t> pieces(index_t count, index_t size) {
+  std::vector<index_t> all;
+  for (index_t at = 0; at < count; at += size) all.push_back(std::min(size, count - at));
+  return all;
+}
 
 }   // namespace
 
@@ -96,7 +101,9 @@ TEST_CASE("nsa cache: entries have the bits of one compression, however the toke
         }
       }
     }
-    for (const auto& counts : {std::vector<index_t>{kLen}, ones(kLen), {7, 1, 3, 0, 40, 4, 60, 18}, {3, 4, 6, 120}}) {
+    std::vector<std::vector<index_t>> ways{{kLen}, {7, 1, 3, 0, 40, 4, 60, 18}, {3, 4, 6, 120}};
+    for (const index_t size : {1, 2, 3, 4, 7, 8, 12, 13, 33, 64}) ways.push_back(pieces(kLen, size));
+    for (const auto& counts : ways) {
       NsaCache cache;
       REQUIRE(cache.create(shape).ok());
       append(cache, 1, k, v, counts);
@@ -161,6 +168,12 @@ TEST_CASE("nsa cache: forks go on by themselves, refusals change nothing", "[nsa
   NsaCache cache;
   REQUIRE(cache.create(shape_of(nullptr, NsaRopeOrder::none)).ok());
   append(cache, 0, k, v, {58});
+  InOrder pool;   // sequence 1 goes on from what a refused append left
+  CHECK(cache.append(0, only_pos(k.view(), 0, 30), only_pos(v.view(), 0, 30), fovea::Executor(pool, 0)).code() ==
+        fovea::Code::invalid_argument);
+  CHECK(cache.len(0) == 58);
+  CHECK(cache.entries(0) == fovea::nsa_entries(58, kShape));
+  CHECK(cache.check().ok());
   REQUIRE(cache.fork(0, 1).ok());
   const Values other = random_values(23, 1, kHeads, 20, kDim), other_v = random_values(24, 1, kHeads, 20, kDimV);
   REQUIRE(cache.append(0, other.view(), other_v.view()).ok());
@@ -184,6 +197,9 @@ TEST_CASE("nsa cache: forks go on by themselves, refusals change nothing", "[nsa
   NsaCacheShape bad = shape_of(nullptr, NsaRopeOrder::none);
   bad.nsa.stride = 3;
   refused(cache.create(bad), "stride 3");
+  bad = shape_of(nullptr, NsaRopeOrder::none);
+  bad.rows.dim_qk = 640;
+  refused(cache.create(bad), "dim_qk 640");
   bad = shape_of(nullptr, NsaRopeOrder::none);
   bad.entries = Format::i8_token;
   refused(cache.create(bad), "entries as f32");

@@ -88,6 +88,7 @@ TEST_CASE("page bounds: refusals change nothing", "[page_bounds][errors]") {
   CHECK(cache.create({0, 4, 1, 4, 2, Format::f32}).code() == Code::invalid_argument);
   CHECK(cache.create({1, 4, 1, 4, 2, Format::i8_token}).code() == Code::unsupported);
   CHECK(cache.create({1, index_t{1} << 44, 1 << 10, 4, 2, Format::f32}).code() == Code::out_of_memory);
+  CHECK(cache.create({1, 4, 1, 4, PTRDIFF_MAX, Format::f32}).code() == Code::invalid_argument);
   REQUIRE(cache.create({1, 4, 1, 4, 2, Format::f32}).ok());
   const Values k = random_values(3, 1, 1, 5, 4);
   CHECK(cache.append(0, k.view()).code() == Code::out_of_pages);

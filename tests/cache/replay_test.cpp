@@ -562,6 +562,33 @@ TEST_CASE("replay: a prefill into the checkpoint, then steps, equals steps alone
   decode(6, 12);
 }
 
+TEST_CASE("replay_fold without lanes is refused and folds nothing", "[cache][replay]") {
+  const Kind kind{Mechanism::gated_delta, 2, 2, 2, 4, 3};
+  Random random(6);
+  StateCache cache;
+  REQUIRE(cache.create(shape_of(kind, 4, 2)).ok());
+  index_t sequence = 0;
+  REQUIRE(cache.open(&sequence).ok());
+  Owned<float> out;
+  for (int t = 0; t < 3; ++t) {
+    REQUIRE(cache.begin_steps(sequence, 1).ok());
+    REQUIRE(step(cache, 0, {&sequence, 1}, kind, Inputs::random(kind, 1, 1, random), out, {}).ok());
+    REQUIRE(cache.commit(sequence, 1).ok());
+  }
+  const std::vector<float> state = state_of(cache, 0, sequence);
+  const index_t folded = cache.folded(0, sequence);
+  REQUIRE(folded < 3);
+  Reversed pool;
+  PoisonedBytes memory(fovea::replay_workspace_bytes(cache, kind.q_heads, 0, 0));
+  CHECK(replay_fold(cache, sequence, fovea::Executor(pool, 0), memory.bytes()).code() == Code::invalid_argument);
+  CHECK(memory.guards_intact());
+  CHECK(cache.folded(0, sequence) == folded);
+  CHECK(state_of(cache, 0, sequence) == state);
+  CHECK(cache.check().ok());
+  REQUIRE(replay_fold(cache, sequence).ok());
+  CHECK(cache.folded(0, sequence) == 3);
+}
+
 TEST_CASE("replay refuses with the numbers and leaves everything as it was", "[cache][replay]") {
   const Kind kind{Mechanism::gated_delta, 2, 2, 2, 4, 3};
   Random random(4);

@@ -263,6 +263,37 @@ TEST_CASE("column sums: rows without keys, no queries, no keys", "[column_sums]"
   check_all(no_keys, none, 5);
 }
 
+TEST_CASE("column sums: a query that is no number shows in the keys it sees, not in masked ones", "[column_sums]") {
+  Problem p;
+  p.batch = 1, p.in_use = {30};
+  p.fill(12);
+  const index_t h = 1, i = 2;
+  p.q[at((h * p.len_q + i) * p.dim)] = kNan;
+  const AttentionOptions options{.causal = Causal::top_left, .window = {1, -1}, .len_k = p.in_use};
+  Output keys(1, p.q_heads, p.len_k), far(1, p.q_heads, p.len_k);
+  REQUIRE(fovea::column_sums<F32>(p.q_view(), p.kv(), {keys.view, far.view}, options).ok());
+  for (index_t head = 0; head < p.q_heads; ++head) {
+    for (index_t s = 0; s < p.len_k; ++s) {
+      INFO("head " << head << ", key or distance " << s);
+      CHECK(std::isnan(keys.view(0, head, s)) == (head == h && (s == i - 1 || s == i)));
+      CHECK(std::isnan(far.view(0, head, s)) == (head == h && s <= 1));
+    }
+  }
+}
+
+TEST_CASE("column sums: keys of a mixed cache without their exact part are refused", "[column_sums][errors]") {
+  Problem p;
+  p.fill(13);
+  const std::vector<index_t> from{30, 30}, len_k{37, 37};
+  fovea::Kv exact = p.kv(), all = p.kv();
+  exact.k.data = nullptr;
+  all.exact = &exact, all.exact_first = 4, all.exact_from = from;
+  Output keys(p.batch, p.q_heads, p.len_k);
+  const fovea::Status status = fovea::column_sums<F32>(p.q_view(), all, {keys.view}, {.len_k = len_k});
+  CHECK_THAT(status.message(), Catch::Matchers::ContainsSubstring("the exact k has null data"));
+  for (const float x : keys.values()) CHECK(test::is_canary(x));
+}
+
 TEST_CASE("column sums: refused with numbers, outputs untouched", "[column_sums]") {
   Problem p;
   p.fill(11);

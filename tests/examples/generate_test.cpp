@@ -359,6 +359,16 @@ TEST_CASE("the engine refuses tokens that do not exist or do not fit", "[generat
   CHECK_THAT(engine.forward(std::vector<Token>{1}).error, Catch::Matchers::ContainsSubstring("24 of the 24"));
 }
 
+TEST_CASE("a logit that is no number is an error, not a token", "[generate]") {
+  SmallModel small;
+  const std::size_t norm = small.header["model.norm.weight"]["data_offsets"][0];
+  small.data[norm] = std::byte{0xc0}, small.data[norm + 1] = std::byte{0x7f};   // a bf16 NaN
+  auto model = load(bytes_of(small.config.dump()), small.file());
+  REQUIRE(model);
+  generate::Engine engine(*model, generate::fovea_attention());
+  CHECK_THAT(engine.forward(std::vector<Token>{1, 2}).error, Catch::Matchers::ContainsSubstring("a logit is infinite"));
+}
+
 TEST_CASE("an untied model needs and uses lm_head", "[generate]") {
   SmallModel small;
   small.config["tie_word_embeddings"] = false;
@@ -532,6 +542,15 @@ TEST_CASE("files that are not there, are directories or are empty give a message
   CHECK(!generate::Tokenizer::load(directory / "fovea-no-such-tokenizer.json"));
   CHECK(!generate::parse_config({}));
   CHECK(!generate::Tokenizer::parse({}));
+
+  // A sparse file may claim any size without holding it.
+  std::string name = (directory / "fovea-sparse-XXXXXX").string();
+  REQUIRE(mkdtemp(name.data()) != nullptr);
+  const auto sparse = std::filesystem::path(name) / "model.safetensors";
+  std::ofstream(sparse, std::ios::binary) << "{}";
+  std::filesystem::resize_file(sparse, std::uintmax_t{5} << 30);
+  CHECK_THAT(generate::load_safetensors(sparse).error, Catch::Matchers::ContainsSubstring("5368709120 bytes, more than"));
+  std::filesystem::remove_all(name);
 }
 
 TEST_CASE("a configuration is checked", "[generate][corrupt]") {

@@ -149,6 +149,12 @@ TEST_CASE("differential: lambda 0 is the normalised first half, equal halves can
   const std::vector<double> unscaled = norm(first, 0, 0.8);
   for (std::size_t n = 0; n < unscaled.size(); ++n)
     CHECK(out.data[n] == Catch::Approx(unscaled[n]).epsilon(1e-5).margin(1e-5));
+
+  // A row that sees no key stays 0 then, too: 0 / 0 is not asked.
+  const std::vector<index_t> none(static_cast<std::size_t>(x.q.batch), 0);
+  options.attention.len_k = none;
+  REQUIRE(fovea::differential_attention(x.q.view(), x.k.view(), half_v(x), out.view(), options).ok());
+  CHECK(std::count(out.data.begin(), out.data.end(), 0.f) == static_cast<std::ptrdiff_t>(out.data.size()));
 }
 
 TEST_CASE("differential: V2 with closed and open lambda", "[differential]") {

@@ -188,9 +188,10 @@ const std::vector<How>& level_forms() {
   return list;
 }
 
-// The tokens [begin, end) of a problem with one sequence, from the levels that the tokens before left.
+// The tokens [begin, end) of a problem with one sequence, from the levels that the tokens before left. grows: the views show
+// no more levels than the tokens so far need.
 LevelAnswer part_of(const LevelProblem& x, index_t begin, index_t end, const LevelAnswer* before, bool in_place,
-                    const How& how) {
+                    const How& how, bool grows = false) {
   LevelProblem part = x;
   const auto cut = [&](Numbers& all) {
     if (all.extent()[2] != x.base.c.len) return;
@@ -210,6 +211,8 @@ LevelAnswer part_of(const LevelProblem& x, index_t begin, index_t end, const Lev
   if (in_place) a.levels = part.initial;
   const Status status = part.run(a, how, [&](auto&, auto& options) {
     if (in_place) options.initial_levels = options.final_levels;
+    if (grows) options.initial_levels.extent[2] = std::max<index_t>(levels_of(x.first(0) + begin), 1);
+    if (grows) options.final_levels.extent[2] = levels_of(x.first(0) + end);
   });
   INFO(status.message());
   REQUIRE(status.ok());
@@ -347,6 +350,27 @@ TEST_CASE("log-linear: decode in place, token after token, in both layouts") {
           CHECK(distance(all.out, expected.out, len) <= kRelativeError);
           CHECK(level_distance(all.levels, expected.levels, x.levels) <= kRelativeError);
         }
+      }
+    }
+  }
+}
+
+TEST_CASE("log-linear: decode in one buffer with room for the levels to come") {
+  for (const Kind kind : kKinds) {
+    const LevelProblem x({.kind = kind}, {.seed = 45, .batch = 2, .len = 6, .heads = {2, 2, 4}, .dim_k = 17, .dim_v = 20});
+    for (const RecurrentForm form :
+         {RecurrentForm::automatic, RecurrentForm::step, RecurrentForm::fused, RecurrentForm::chunked}) {
+      LevelAnswer grown, apart;
+      for (index_t t = 0; t < 6; ++t) {
+        INFO(name_of(kind) << ", " << fovea::name_of(form) << ", token " << t);
+        grown = part_of(x, t, t + 1, t > 0 ? &grown : nullptr, true, {form}, true);
+        apart = part_of(x, t, t + 1, t > 0 ? &apart : nullptr, false, {form});
+        bool same = grown.out.bytes() == apart.out.bytes();
+        apart.levels.each([&](index_t s, index_t hl, index_t i, index_t j) {
+          if (!LevelProblem::live(t + 1, hl % x.levels)) return;
+          same = same && grown.levels.get(s, hl, i, j) == apart.levels.get(s, hl, i, j);
+        });
+        CHECK(same);
       }
     }
   }

@@ -509,7 +509,7 @@ TEST_CASE("lolcats: refusals leave everything as it was", "[lolcats][errors]") {
   refused("overlaps final_window_v", [&](L& l, R&, In&, Out& to) { l.final_window_v.data = to.data; });
   refused("different strides", [](L& l, R&, In&, Out&) {
     l.initial_key_sum = l.final_key_sum;
-    l.initial_key_sum.stride[0] += 1;
+    l.initial_key_sum.stride[1] += 1;
   });
   const std::vector<index_t> falling{0, 5, 4};
   refused("cu_len[2] = 4 is less", [&](L&, R& r, In&, Out&) { r.cu_len = falling; });

@@ -152,6 +152,7 @@ TEST_CASE("mamba1: a state with channels first is the other one transposed", "[m
 TEST_CASE("mamba1: storage types, strides and foreign memory", "[mamba1]") {
   const ScanProblem p = problem(10, {.batch = 2, .x_groups = 2, .b_groups = 1, .c_groups = 2, .len = 36, .channels = 21});
   check_workspace_bytes(p, [](int lanes) { return fovea::mamba1_workspace_bytes(16, lanes); });
+  CHECK(fovea::mamba1_workspace_bytes(0) > 0);
   check_strides(p, 1);
   check_strides(p, 2);
   check_poisoned_channel(p, kX, 7);
@@ -260,4 +261,14 @@ TEST_CASE("mamba1: what is refused", "[mamba1][errors]") {
     call.options.cu_len = cu_len;
   });
   check_refused(p, "scale", [](ScanCall& call) { call.options.scale = NAN; });
+  check_refused(p, "states are supported", [](ScanCall& call) {
+    for (const int n : {kX, kB, kC}) {
+      call.inputs[static_cast<std::size_t>(n)].any.extent[0] = index_t{1} << 40;
+      call.inputs[static_cast<std::size_t>(n)].any.extent[2] = 0;
+    }
+    call.inputs[kDt].floats.extent[0] = call.inputs[kDt].floats.extent[2] = 1;
+    call.out.extent[0] = index_t{1} << 40;
+    call.out.extent[2] = 0;
+    call.initial = {}, call.final = {};
+  });
 }

@@ -654,6 +654,13 @@ TEST_CASE("multi-token: queries before the first key see nothing", "[multi_token
     }
   }
   check_against_reference(x.q.view(), x.k.view(), x.v.view(), layer.options);
+  layer.options.norm_eps = 0;   // the RMS of such a row is 0, and 0 / 0 is not asked
+  const Values sharp = call(x.q.view(), x.k.view(), x.v.view(), layer.options);
+  for (index_t h = 0; h < 2; ++h) {
+    for (index_t i = 0; i < 15; ++i) {
+      for (index_t d = 0; d < 8; ++d) REQUIRE(sharp.view()(0, h, i, d) == 0.f);
+    }
+  }
 
   // No keys at all, no queries at all.
   const Values none = call(x.q.view(), only_pos(x.k.view(), 0, 0), only_pos(x.v.view(), 0, 0), layer.options);

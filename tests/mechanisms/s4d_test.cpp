@@ -119,6 +119,7 @@ TEST_CASE("s4d: splits, packed sequences and lanes change no bit", "[s4d][bits]"
 TEST_CASE("s4d: storage, strides and foreign memory", "[s4d]") {
   const ScanProblem p = problem(8, {.batch = 2, .len = 36, .channels = 21, .modes = 5});
   check_workspace_bytes(p, [](int lanes) { return fovea::s4d_workspace_bytes(5, lanes); });
+  CHECK(fovea::s4d_workspace_bytes(0) > 0);
   check_strides(p, 1);
   check_strides(p, 2);
   check_poisoned_channel(p, 0, 7);
@@ -149,4 +150,9 @@ TEST_CASE("s4d: what is refused", "[s4d][errors]") {
   });
   check_refused(p, "initial_state has", [](ScanCall& call) { call.initial.extent[3] = 1; });
   check_refused(p, "not in the options", [](ScanCall& call) { call.options.initial_state = call.initial; });
+  check_refused(p, "states are supported", [](ScanCall& call) {
+    call.inputs[0].any.extent[0] = call.out.extent[0] = index_t{1} << 40;
+    call.inputs[0].any.extent[2] = call.out.extent[2] = 0;
+    call.initial = {}, call.final = {};
+  });
 }

@@ -325,6 +325,12 @@ TEST_CASE("short_conv: refusals name their numbers and write nothing", "[recurre
   CHECK_THAT(refused([](auto& x, auto&, auto&, auto&) { x.extent[1] = 2; }), ContainsSubstring("x is [1, 2, 6, 8]"));
   CHECK_THAT(refused([](auto& x, auto&, auto&, auto&) { x.data = nullptr; }), ContainsSubstring("x has null data"));
   CHECK_THAT(refused([](auto&, auto&, auto& y_, auto&) { y_.extent[2] = 5; }), ContainsSubstring("y is [1, 1, 5, 8]"));
+  CHECK_THAT(refused([](auto& x, auto& p_, auto& y_, auto&) {
+               x.extent[0] = y_.extent[0] = index_t{1} << 40;
+               x.extent[2] = y_.extent[2] = 0;
+               p_.final_state = {};
+             }),
+             ContainsSubstring("states are supported"));
   CHECK_THAT(refused([](auto&, auto& p_, auto&, auto&) { p_.weight.extent[0] = 7; }), ContainsSubstring("weight is [7, 4]"));
   CHECK_THAT(refused([](auto&, auto& p_, auto&, auto&) { p_.weight.extent[1] = 0; }), ContainsSubstring("weight is [8, 0]"));
   CHECK_THAT(refused([](auto&, auto& p_, auto&, auto&) { p_.bias = p_.bias.first(5); }),

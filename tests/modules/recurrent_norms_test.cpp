@@ -300,6 +300,18 @@ TEST_CASE("norms and gates: lanes, in place, strides and stored types", "[recurr
   for (std::size_t n = 0; n < x.size(); ++n) CHECK(out[n].bits == fovea::convert<fovea::bf16>(exact[n]).bits);
 }
 
+TEST_CASE("norms and gates: tensors without heads are done at once, however many rows they would have", "[recurrent][norms]") {
+  float memory[1] = {test::canary()};
+  for (const index_t batch : {index_t{1}, index_t{1} << 40}) {   // the second has more rows than an index_t counts
+    const auto in = fovea::bhsd<const float>(memory, batch, 0, index_t{1} << 40, 8);
+    const auto out = fovea::bhsd(memory, batch, 0, index_t{1} << 40, 8);
+    CHECK(fovea::l2_norm(in, out).ok());
+    CHECK(fovea::gated_rms_norm(in, in, {}, out).ok());
+    CHECK(fovea::beta_gate(in, out).ok());
+  }
+  CHECK(test::is_canary(memory[0]));
+}
+
 TEST_CASE("norms and gates: refusals name their numbers and write nothing", "[recurrent][norms][errors]") {
   using Catch::Matchers::ContainsSubstring;
   const std::vector<float> x = numbers(24, -1, 1, 15);

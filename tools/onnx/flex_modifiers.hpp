@@ -91,7 +91,7 @@ class ModifierGraph {
     if (!node.domain.empty() && node.domain != "ai.onnx") return {};
     const auto is = [&](std::string_view op, std::size_t inputs) { return node.op == op && in.size() == inputs; };
     if (is("Identity", 1)) return in[0];
-    if (is("Cast", 1)) return in[0].kind == Kind::distance || in[0].kind == Kind::number ? in[0] : Value{};
+    if (is("Cast", 1)) return cast(node, in[0]);
     if (is("Shape", 1)) return in[0].kind == Kind::scores && node.attributes.empty() ? Value{.kind = Kind::shape} : Value{};
     if (is("Gather", 2)) return length_of(node, in[0], in[1]);
     if (is("Range", 3)) return range_of(in[0], in[1], in[2]);
@@ -108,6 +108,20 @@ class ModifierGraph {
     if (is("Mul", 2)) return in[1].kind == Kind::number ? product(in[0], in[1].number) : number_times(in[0], in[1]);
     if (is("Div", 2)) return in[1].kind == Kind::number ? product(in[0], 1 / in[1].number) : Value{};
     return {};
+  }
+
+  // Between types that hold the number: a cast that rounds is no cast of these.
+  static Value cast(const Node& node, const Value& value) {
+    std::int64_t to = 0;
+    for (const Attribute& attribute : node.attributes) {
+      if (attribute.name != "to" || !attribute.has_integer) return {};
+      to = attribute.integer;
+    }
+    const auto is = [to](fovea::OnnxType type) { return to == static_cast<std::int64_t>(type); };
+    using Type = fovea::OnnxType;
+    const bool real = is(Type::f32) || is(Type::f64) || is(Type::f16) || is(Type::bf16);
+    const bool whole = (is(Type::i64) || is(Type::i32)) && value.number == std::trunc(value.number);
+    return (value.kind == Kind::distance || value.kind == Kind::number) && (real || whole) ? value : Value{};
   }
 
   static Value length_of(const Node& node, const Value& shape, const Value& axis) {

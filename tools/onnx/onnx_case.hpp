@@ -233,15 +233,6 @@ inline Outcome run_flex_attention(Run& run) {
   return outcome_of(fovea::onnx_flex_attention(a, {.q = run.input(0), .k = run.input(1), .v = run.input(2)}, run.output(0)));
 }
 
-// What newer versions of an operator add behind its `known` inputs.
-inline Outcome check_inputs(const Node& node, std::size_t known) {
-  for (std::size_t at = known; at < node.inputs.size(); ++at) {
-    if (!node.inputs[at].empty())
-      return unsupported("input " + std::string(node.inputs[at]) + " of " + std::string(node.op));
-  }
-  return {};
-}
-
 inline Outcome run_linear_attention(Run& run) {
   using Rule = fovea::OnnxUpdateRule;
   constexpr std::pair<std::string_view, Rule> kRules[] = {
@@ -254,7 +245,6 @@ inline Outcome run_linear_attention(Run& run) {
   attributes.integer("chunk_size", a.chunk_size);
   const std::string_view rule = attributes.text("update_rule", "gated_delta");
   if (Outcome outcome = attributes.check(); outcome.verdict != Verdict::passed) return outcome;
-  if (Outcome outcome = check_inputs(run.node, 6); outcome.verdict != Verdict::passed) return outcome;
   const auto* const named =
       std::find_if(std::begin(kRules), std::end(kRules), [&](const auto& r) { return r.first == rule; });
   if (named == std::end(kRules)) return unsupported("update_rule " + std::string(rule) + " of LinearAttention");
@@ -273,7 +263,6 @@ inline Outcome run_causal_conv_with_state(Run& run) {
   Attributes attributes(run.node);
   const std::string_view activation = attributes.text("activation", "none");
   if (Outcome outcome = attributes.check(); outcome.verdict != Verdict::passed) return outcome;
-  if (Outcome outcome = check_inputs(run.node, 4); outcome.verdict != Verdict::passed) return outcome;
   fovea::OnnxCausalConvWithState a;
   if (activation == "silu" || activation == "swish") {
     a.activation = fovea::OnnxConvActivation::silu;
@@ -287,14 +276,15 @@ inline Outcome run_causal_conv_with_state(Run& run) {
 
 struct Operator {
   std::string_view domain, name;
+  std::size_t inputs;   // that it knows
   Outcome (*run)(Run& run);
 };
-inline constexpr Operator kOperators[] = {{"", "Attention", &run_attention},
-                                          {"", "RotaryEmbedding", &run_rotary_embedding},
-                                          {"", "TensorScatter", &run_tensor_scatter},
-                                          {"", "LinearAttention", &run_linear_attention},
-                                          {"", "CausalConvWithState", &run_causal_conv_with_state},
-                                          {"ai.onnx.preview", "FlexAttention", &run_flex_attention}};
+inline constexpr Operator kOperators[] = {{"", "Attention", 7, &run_attention},
+                                          {"", "RotaryEmbedding", 4, &run_rotary_embedding},
+                                          {"", "TensorScatter", 3, &run_tensor_scatter},
+                                          {"", "LinearAttention", 6, &run_linear_attention},
+                                          {"", "CausalConvWithState", 4, &run_causal_conv_with_state},
+                                          {"ai.onnx.preview", "FlexAttention", 3, &run_flex_attention}};
 
 inline const Operator* find_operator(const Node& node) {
   for (const Operator& known : kOperators) {
@@ -323,6 +313,9 @@ inline Outcome prepare(Bytes file, Ready& ready) {
   if (ready.known == nullptr) {
     const std::string domain(node.domain);
     return unsupported("operator " + (domain.empty() ? "" : domain + ".") + std::string(node.op));
+  }
+  for (std::size_t at = ready.known->inputs; at < node.inputs.size(); ++at) {   // what newer versions of it add
+    if (!node.inputs[at].empty()) return unsupported("input " + std::string(node.inputs[at]) + " of " + std::string(node.op));
   }
   if (ready.model.opset(ready.known->domain) <= 0) return failed("model.onnx: no opset import for its operator's domain");
   for (const std::string_view name : node.inputs) {
@@ -363,13 +356,13 @@ inline Outcome run_data(const Ready& ready, const std::vector<Bytes>& inputs, co
 
 // A file as a whole; only regular files, so that the memory taken is what the file system says, up to a limit: a sparse file may
 // claim any size.
-inline constexpr std::uintmax_t kMaxFileBytes = std::uintmax_t{1} << 30;
-inline Problem read_file(const std::filesystem::path& path, std::vector<std::byte>& bytes) {
+inline constexpr std::uintmax_t kMaxBytes = std::uintmax_t{1} << 30;
+inline Problem read_file(const std::filesystem::path& path, std::vector<std::byte>& bytes, std::uintmax_t limit = kMaxBytes) {
   std::error_code error;
   if (!std::filesystem::is_regular_file(path, error)) return path.filename().string() + " is missing or no file";
   const std::uintmax_t size = std::filesystem::file_size(path, error);
   if (error) return path.filename().string() + ": " + error.message();
-  if (size > kMaxFileBytes) return path.filename().string() + " has more than 1 GiB";
+  if (size > limit) return path.filename().string() + " is too large: files read together have 1 GiB at most";
   bytes.resize(static_cast<std::size_t>(size));
   std::ifstream file(path, std::ios::binary);
   file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(size));
@@ -394,11 +387,13 @@ inline std::vector<std::filesystem::path> folders(const std::filesystem::path& d
 
 inline Outcome run_data_set(const Ready& ready, const std::filesystem::path& directory) {
   std::vector<std::vector<std::byte>> files;
+  std::uintmax_t left = kMaxBytes;
   const auto read_all = [&](const char* prefix, std::size_t count) -> Problem {
     for (std::size_t n = 0; n < count; ++n) {
       files.emplace_back();
-      if (Problem problem = read_file(directory / (prefix + std::to_string(n) + ".pb"), files.back()); !problem.empty())
+      if (Problem problem = read_file(directory / (prefix + std::to_string(n) + ".pb"), files.back(), left); !problem.empty())
         return problem;
+      left -= files.back().size();
     }
     return {};
   };

@@ -11,6 +11,8 @@
 // (KeptTokens::seen), not the number of rows. All kept keys are older than a new query, so it is attended without a causal
 // mask.
 #pragma once
+#include <numeric>
+
 #include "../engine/parts/pooling.hpp"
 #include "../simd/select.hpp"
 #include "contiguous_cache.hpp"
@@ -37,6 +39,13 @@ namespace eviction {
 
 // Scratch for any choice among up to `len` rows: at most two lists of them and a bitmap.
 inline std::size_t top_k_bytes(index_t len) { return 3 * top_k_scratch_bytes(len, len); }
+
+// The `best` highest scores, rising, into `to`; returns how many were found. All of them are what they are, NaN or not.
+inline index_t choose(std::span<const float> scores, index_t best, std::int32_t* to, std::span<std::byte> scratch) {
+  if (best < static_cast<index_t>(scores.size())) return top_k(scores, best, to, scratch);
+  std::iota(to, to + best, std::int32_t{0});
+  return best;
+}
 
 // Rising, inside 0 .. len - 1.
 inline Status check_keep(const View<const std::int32_t, 2>& keep, index_t heads, index_t len) {
@@ -219,7 +228,7 @@ class KeptTokens {
     for (index_t h = 0; h < shape().kv_heads; ++h) {
       std::int32_t* const to = state().keep + h * slots;
       float* const score = score_at(sequence, h);
-      const index_t found = top_k({score, static_cast<std::size_t>(others)}, best, to, state().scratch);
+      const index_t found = eviction::choose({score, static_cast<std::size_t>(others)}, best, to, state().scratch);
       if (found != best)
         return Status::error(Code::invalid_argument, "cache: head %td of sequence %td has %td finite sums, %td rows stay", h,
                              sequence, found, best);
@@ -367,7 +376,7 @@ inline Status snapkv_keep(View<const float, 2> votes,   // [head, at least len] 
     } else {
       max_pool(prefix_votes, options.kernel, 1, options.kernel / 2, smooth);
     }
-    const index_t found = top_k({smooth, static_cast<std::size_t>(prefix)}, best, chosen, {select_bytes, scratch});
+    const index_t found = eviction::choose({smooth, static_cast<std::size_t>(prefix)}, best, chosen, {select_bytes, scratch});
     if (found != best)
       return Status::error(Code::invalid_argument, "cache: head %td has %td finite votes, %td rows stay", h, found, best);
     for (index_t n = 0; n < count; ++n) keep(h, n) = n < best ? chosen[n] : static_cast<std::int32_t>(prefix + n - best);

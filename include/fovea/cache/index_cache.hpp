@@ -52,7 +52,7 @@ class IndexCache {
     if (coded && shape.rounding != IndexRounding::plain && shape.rounding != IndexRounding::ue8m0)
       return Status::error(Code::invalid_argument, "index cache: e4m3 keys are rounded by plain or ue8m0 scales");
     const index_t row = row_bytes(shape.format, shape.dim);
-    if (limited_product({shape.sequences, shape.slots + kPage, row}) == kLargestCache)
+    if (shape.slots > kLargestCache || limited_product({shape.sequences, shape.slots + kPage, row}) == kLargestCache)
       return Status::error(Code::out_of_memory, "index cache: %td sequences of %td slots of %td bytes are too much",
                            shape.sequences, shape.slots, row);
     const auto take = [&](Bump& bump, State& state) {

@@ -34,6 +34,8 @@ class NsaCache {
     if (shape.rows.v_in_k || !is_plain(shape.entries))
       return Status::error(Code::unsupported, "cache: nsa keeps V apart from K, and entries as f32, f64, bf16 or f16");
     const index_t heads = shape.rows.kv_heads, dim_qk = shape.rows.dim_qk, dim_v = shape.rows.dim_v;
+    if (std::max(dim_qk, dim_v) > door::kMaxDim)
+      return Status::error(Code::unsupported, "cache: nsa takes dims up to %td: dim_qk %td, dim_v %td", door::kMaxDim, dim_qk, dim_v);
     if (Status s = nsa::check_phi(shape.phi_k, shape.nsa, heads, dim_qk, dim_qk); !s.ok()) return s;
     if (Status s = nsa::check_phi(shape.phi_v, shape.nsa, heads, dim_v, dim_v); !s.ok()) return s;
     if (shape.rope != nullptr && (shape.rope->first_pos > 0 || shape.rope->first_pos + shape.rope->len < shape.slots))
@@ -65,36 +67,41 @@ class NsaCache {
   Status append(index_t sequence, const Operand& k_any, const Operand& v_any, const Executor& executor = {}) {
     const Operand k = door::tidy_operand(k_any), v = door::tidy_operand(v_any);
     if (Status s = check_sequence(sequence, tokens_.sequences()); !s.ok()) return s;
+    if (Status s = check_lanes(executor); !s.ok()) return s;
     const NsaCacheShape& shape = owned_.state.shape;
-    const index_t before = tokens_.len(sequence);
+    const index_t before = tokens_.len(sequence), old = entries_.len(sequence), step = shape.nsa.stride;
     const AppendRope rope{shape.rope, shape.layout, before};
     if (Status s = append_tokens(tokens_, sequence, k, v, rope); !s.ok()) return s;
-    const index_t total = tokens_.len(sequence), step = shape.nsa.stride;
-    index_t entry = entries_.len(sequence);
-    const index_t wanted = nsa_entries(total, shape.nsa) - entry;
-    if (Status s = entries_.extend(sequence, wanted); !s.ok()) return s;
+    const index_t end = nsa_entries(tokens_.len(sequence), shape.nsa);
+    const auto refuse = [&](const Status& why) {
+      (void)tokens_.truncate(sequence, tokens_.len(sequence) - before);
+      (void)entries_.truncate(sequence, entries_.len(sequence) - old);
+      return why;
+    };
+    if (Status s = entries_.extend(sequence, end - old); !s.ok()) return refuse(s);
 
-    // Entries that began before this append, from the open tokens; the others straight from the new ones, all in one call.
-    index_t open = before - entry * step;
-    index_t read = 0;
-    while (entry * step < before && entry < entries_.len(sequence)) {
+    // Entries that begin with this append straight from its tokens, all in one call; first, since it takes the most memory: where
+    // there is enough for it and for the first of the others, nothing can fail once open tokens are forgotten.
+    const index_t straight = std::clamp((before + step - 1) / step, old, end);
+    if (straight < end) {
+      const index_t first = straight * step - before;
+      if (Status s = make(sequence, straight, end - straight, nsa::positions_of(k, first, k.extent[2] - first),
+                          nsa::positions_of(v, first, v.extent[2] - first), executor);
+          !s.ok())
+        return refuse(s);
+    }
+    index_t open = before - old * step, read = 0;
+    for (index_t entry = old; entry < straight; ++entry) {   // those that began before, from the open tokens
       const index_t fill = shape.nsa.block - open;
       keep(sequence, open, k, v, read, fill);
       read += fill;
       if (Status s = make(sequence, entry, 1, open_tokens(sequence, 0), open_tokens(sequence, 1), executor); !s.ok())
-        return s;
-      ++entry;
+        return refuse(s);
       forget(sequence, step);
       open = shape.nsa.block - step;
     }
-    if (entry < entries_.len(sequence)) {
-      const index_t first = entry * step - before, count = entries_.len(sequence) - entry;
-      if (Status s = make(sequence, entry, count, nsa::positions_of(k, first, k.extent[2] - first),
-                          nsa::positions_of(v, first, v.extent[2] - first), executor);
-          !s.ok())
-        return s;
-      entry += count;
-      read = entry * step - before;
+    if (straight < end) {
+      read = end * step - before;
       open = 0;
     }
     keep(sequence, open, k, v, read, k.extent[2] - read);

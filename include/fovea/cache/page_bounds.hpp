@@ -35,6 +35,8 @@ class PageBounds {
       return Status::error(Code::unsupported, "cache: bounds are stored as f32 or bf16, not %s",
                            static_cast<int>(shape.format) < kFormats ? name_of(shape.format) : "outside the enum");
     const index_t row = 2 * row_bytes(shape.format, shape.dim);
+    if (shape.page > kLargestCache)
+      return Status::error(Code::invalid_argument, "cache: bounds of pages of %td slots, at most %td", shape.page, kLargestCache);
     if (limited_product({shape.sequences, shape.slots, shape.kv_heads, row}) == kLargestCache)
       return Status::error(Code::out_of_memory, "cache: bounds of %td sequences of %td slots are too much", shape.sequences,
                            shape.slots);

@@ -143,7 +143,8 @@ class StateCache {
   }
 
   // Announces `tokens` tokens whose effects are kept one by one, so that commit() may accept any number of them: drafts, or
-  // a decode step. At most max_draft of them (at least 1), with replay at most `replay`.
+  // a decode step. At most max_draft of them (at least 1), with replay at most `replay`; where there is a convolution, more than
+  // max_draft of those cannot be refused again, as its inputs are kept no longer.
   Status begin_steps(index_t sequence, index_t tokens) {
     const State& known = owned_.state;
     const index_t most = replays() ? known.shape.replay : std::max(known.shape.max_draft, index_t{1});

@@ -101,6 +101,8 @@ inline Status check_planned_call(const Plan& plan, const Call& call) {
   if (Status s = check_call(call.q, call.kv, call.out, call.options); !s.ok()) return s;
   if (Status s = check_problem(shape, call); !s.ok()) return s;
   if (Status s = check_home(call.kv, shape, call.options); !s.ok()) return s;
+  if (plan.listed || plan.list_rows != PTRDIFF_MAX)
+    return invalid("fovea: the plan is for lists of keys, the call has none; a SparsePlan goes to sparse_attention");
   return check_plan(plan, shape, call.options, call.needs.split_keys, call.needs.strip);
 }
 

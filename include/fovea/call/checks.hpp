@@ -186,9 +186,9 @@ inline Status check_formats(const Kv& kv, const float* k_channel_scale) {
   return {};
 }
 
-// The pages of the keys 0 .. keys_of(b) - 1 of each sequence.
+// The pages of the keys first .. keys_of(b) - 1 of each sequence.
 template <class KeysOf>
-Status check_pages(const Kv& kv, index_t sequences, const KeysOf& keys_of) {
+Status check_pages(const Kv& kv, index_t sequences, index_t first, const KeysOf& keys_of) {
   if (kv.len < 1) return invalid("fovea: a page holds %td positions, must be at least 1", kv.len);
   if (kv.block_table) {
     if (!kv.page_indices.empty() || !kv.page_begin.empty())
@@ -207,7 +207,7 @@ Status check_pages(const Kv& kv, index_t sequences, const KeysOf& keys_of) {
     if (used > pages_of(kv, b))
       return invalid("fovea: sequence %td has %td keys, %td pages of %td; its table lists %td", b, keys, used, kv.len,
                      pages_of(kv, b));
-    for (index_t page = 0; page < used; ++page) {
+    for (index_t page = first / kv.len; page < used; ++page) {
       const std::int32_t entry =
           kv.block_table ? kv.block_table.data[b * kv.block_table.stride[0] + page * kv.block_table.stride[1]]
                          : kv.page_indices[static_cast<std::size_t>(kv.page_begin[static_cast<std::size_t>(b)] + page)];
@@ -296,7 +296,7 @@ inline Status check_home(const Kv& kv, const AttentionShape& shape, const Attent
     if (Status s = check_exact(kv, o, sequences); !s.ok()) return s;
   }
   if (kv.home != Home::paged) return {};
-  return check_pages(kv, sequences, [&](std::size_t b) {
+  return check_pages(kv, sequences, kv.exact == nullptr ? 0 : kv.exact_first, [&](std::size_t b) {
     if (kv.exact == nullptr) return o.len_k[b];
     return kv.exact_from[b] <= kv.exact_first ? 0 : std::min(kv.exact_from[b], o.len_k[b]);   // the others are exact keys
   });

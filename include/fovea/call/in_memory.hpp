@@ -22,10 +22,12 @@ Status in_memory(std::span<std::byte> given, std::size_t wanted, const F& f) {
   return with_memory<Local>([&](Local& local) { return run(local.workspace(wanted)); });
 }
 
-// f(memory, task) once for every task: `slice` bytes of the lane that runs it, as Bump counts them.
+// f(memory, task) once for every task: `slice` bytes of the lane that runs it, as Bump counts them. lanes: those of the executor, or
+// fewer.
 template <class Local, class F>
 Status deal_in_memory(const Executor& executor, int lanes, index_t tasks, std::span<std::byte> given, std::size_t slice,
                       const F& f) {
+  if (Status s = check_lanes(executor); !s.ok()) return s;
   const std::size_t wanted = slice * static_cast<std::size_t>(lanes) + kAlignment;
   return in_memory<Local>(given, wanted, [&](std::span<std::byte> bytes) -> Status {
     deal(executor, lanes, tasks, [&](int lane, index_t task) {

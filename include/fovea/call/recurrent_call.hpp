@@ -22,6 +22,15 @@ namespace door {
 inline constexpr index_t kMaxRecurrentDim = 4096;
 inline constexpr index_t kMaxStates = index_t{1} << 24;
 
+// The same element has the same place in both: the stride of an axis counts where both have more than one of it.
+template <class A, class B>
+bool stride_alike(const A& a, const B& b) {
+  for (std::size_t axis = 0; axis < a.extent.size(); ++axis) {
+    if (a.extent[axis] > 1 && b.extent[axis] > 1 && a.stride[axis] != b.stride[axis]) return false;
+  }
+  return true;
+}
+
 // The memory of one call: what it writes may not meet anything else that it reads or writes. Null views are absent.
 class Memory {
  public:
@@ -37,7 +46,7 @@ class Memory {
     return {};
   }
   // An output that may be exactly an input (a state updated in place): where data and strides are the same, the two are not
-  // compared.
+  // compared. One may have more of an axis than the other: a state that grows.
   void may_be(const char* output, const char* input) {
     same_output_[same_count_] = output;
     same_input_[same_count_++] = input;
@@ -62,7 +71,7 @@ class Memory {
   struct Noted {
     OutputBytes range;
     const void* data;
-    std::array<index_t, 5> stride;   // 0 on axes of extent 1
+    std::array<index_t, 5> extent, stride;
   };
   using Ranges = std::array<Noted, kMost>;
 
@@ -73,11 +82,10 @@ class Memory {
     if (Status s = check_data(name, view, bytes); !s.ok()) return s;
     FOVEA_ASSERT(count < kMost);
     Noted& noted = ranges[count++];
-    noted = {{name, bytes}, view.data, {}};
+    noted = {{name, bytes}, view.data, {}, {}};
     static_assert(std::tuple_size_v<decltype(view.extent)> <= 5);
-    for (std::size_t axis = 0; axis < view.extent.size(); ++axis) {
-      if (view.extent[axis] > 1) noted.stride[axis] = view.stride[axis];
-    }
+    std::copy(view.extent.begin(), view.extent.end(), noted.extent.begin());
+    std::copy(view.stride.begin(), view.stride.end(), noted.stride.begin());
     return {};
   }
   template <class Shaped>
@@ -85,7 +93,7 @@ class Memory {
     return std::all_of(view.extent.begin(), view.extent.end(), [](index_t extent) { return extent == 0; });
   }
   bool are_the_same(const Noted& output, const Noted& input) const {
-    if (output.data != input.data || output.stride != input.stride) return false;
+    if (output.data != input.data || !stride_alike(output, input)) return false;
     for (std::size_t i = 0; i < same_count_; ++i) {
       if (std::strcmp(same_output_[i], output.range.name) == 0 && std::strcmp(same_input_[i], input.range.name) == 0) return true;
     }
@@ -206,6 +214,8 @@ inline Status check_states(const RecurrentShape& s, const RecurrentOptions<float
 }
 
 inline Status check_how(const RecurrentShape& s, const RecurrentOptions<float>& o) {
+  if (s.sequences > kMaxStates / std::max<index_t>(s.state_heads, 1))
+    return unsupported("fovea: up to %td states are supported: %td sequences of %td", kMaxStates, s.sequences, s.state_heads);
   if (o.scale && !std::isfinite(*o.scale)) return invalid("fovea: scale %g is not finite", static_cast<double>(*o.scale));
   if (o.head_map > HeadMap::tiled) return invalid("fovea: head_map is %d, no value of the enum", static_cast<int>(o.head_map));
   if (o.layout > StateLayout::v_first) return invalid("fovea: layout is %d, no value of the enum", static_cast<int>(o.layout));
@@ -239,8 +249,6 @@ inline Status check_recurrent(const Operand& q, const Operand& k, const Operand&
     return invalid("fovea: k heads (%td) and v heads (%td) do not divide each other", s.k_heads, s.v_heads);
   if (s.out_heads % s.q_heads != 0 || s.out_heads % s.state_heads != 0)
     return invalid("fovea: q heads (%td) and states (%td) do not divide each other", s.q_heads, s.state_heads);
-  if (s.sequences > kMaxStates / s.state_heads)
-    return unsupported("fovea: up to %td states are supported: %td sequences of %td", kMaxStates, s.sequences, s.state_heads);
   if (s.dim_k < 1 || s.dim_v < 1 || s.dim_k > kMaxRecurrentDim || s.dim_v > kMaxRecurrentDim)
     return unsupported("fovea: dims 1 to %td are supported: dim_k %td, dim_v %td", kMaxRecurrentDim, s.dim_k, s.dim_v);
   if (Status status = check_extents("q", q, {s.batch, s.q_heads, s.len, k.extent[3]}, "k and v"); !status.ok()) return status;

@@ -56,6 +56,10 @@ Status open_selection(Selection& selection, LocalBytes& memory, const Operand& q
   if (Status s = check_plain("q", q.format); !s.ok()) return s;
   if (Status s = check_data("q", q, ignored); !s.ok()) return s;
   if (Status s = check_stored("k", kv, kv.k, kv.dim_qk, ignored); !s.ok()) return s;
+  if (kv.exact != nullptr) {
+    if (Status s = check_stored("the exact k", *kv.exact, kv.exact->k, kv.exact->dim_qk, ignored); !s.ok()) return s;
+    if (Status s = check_formats(*kv.exact, kv.k_channel_scale); !s.ok()) return s;
+  }
   if (q.extent[3] != kv.dim_qk) return invalid("fovea: q has dim %td, k has dim %td", q.extent[3], kv.dim_qk);
   if (Status s = check_problem(shape, options); !s.ok()) return s;
   if (Status s = check_home(kv, shape, options); !s.ok()) return s;

@@ -146,7 +146,7 @@ inline AttentionShape listed_shape(AttentionShape shape, index_t heads) {
 
 // Whether prefill walks the keys of many lists at once: K and V are then packed once for all of them, which pays where a list has
 // few rows and its keys stand together. Decided without a look at the lists, so that a row's bits do not hang on its neighbours'
-// lists (a list of the call that names a key twice is the exception).
+// lists (a list of the call that names a key twice is the exception), nor, in a forced regime, on the batch.
 inline bool runs_together(std::span<const KeyLists> kinds, const PlanRequest& request, index_t list_rows,
                           const std::vector<Sequence>& sequences) {
   constexpr index_t kMostRows = 255, kLeastBlock = 32;

@@ -171,7 +171,7 @@ struct LogLinearOptions {
   View<const Real, 4> level_weight = {};     // [batch, state_head | 1, pos, level]  lambda, of the reading token
   std::span<const index_t> first_pos = {};   // [sequence]  tokens that the initial states have seen; empty = none
   View<const Real, 5> initial_levels = {};   // [sequence, state_head, level, dim_k, dim_v], or with dim_v first (layout)
-  View<Real, 5> final_levels = {};           // dead levels are written as zeros, or left alone where updated in place
+  View<Real, 5> final_levels = {};           // dead levels are written as zeros; in place they may stay
 };
 
 // The depthwise convolution in front of most of them: y_t = act(bias + sum_j weight[j] x_{t - width + 1 + j}).

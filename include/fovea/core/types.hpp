@@ -37,7 +37,8 @@ struct Window {
 
 // Regimes of one engine. Prefill packs K and V once per key tile for many rows; decode reads them in place and splits the keys;
 // wide decode packs and splits: some dozens of rows per kv head on a long cache (many query heads on one kv head, MLA, chunks
-// of a draft). `automatic` decides by the sequence's own len_q * group and the panels, never by the batch around it.
+// of a draft). `automatic` decides by the sequence's own len_q * group and the panels, never by the batch around it; over lists of keys
+// the longest sequence decides for all (docs/sparse.md).
 enum class Regime : std::uint8_t { automatic, prefill, decode, wide_decode };
 
 // The numbers in which packed regimes multiply. f32: exact products, one rounding per sum. bf16: q, k, v and the weights are

@@ -134,7 +134,7 @@ struct Scan {
   index_t width = kMostScanChannels;   // channels of a tile, whole vectors; no bit depends on it
 
   index_t most_width() const {
-    const index_t fitting = kScanStateFloats / policy.state_rows() / kLanes * kLanes;
+    const index_t fitting = kScanStateFloats / std::max<index_t>(policy.state_rows(), 1) / kLanes * kLanes;
     return std::clamp(fitting, kLeastScanChannels, kMostScanChannels);
   }
   // As wide as leaves a tile for every lane.

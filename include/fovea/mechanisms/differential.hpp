@@ -86,7 +86,8 @@ struct SubtractAndNorm {
       const f32 counted = dim - d >= kLanes ? x : first_of(x, dim - d);
       squares = fma(counted, counted, squares);
     }
-    const float scale = factor / std::sqrt(reduce_add(squares) / static_cast<float>(dim) + eps);
+    const float mean = reduce_add(squares) / static_cast<float>(dim) + eps;
+    const float scale = mean == 0.f ? 0.f : factor / std::sqrt(mean);   // a row that sees no key, with eps 0
     for (index_t d = 0; d < dim; d += kLanes) {
       const f32 x = load(values.data() + d) * f32(scale);
       store(values.data() + d, weight == nullptr ? x : x * load_strided(weight + d, 1, dim - d));

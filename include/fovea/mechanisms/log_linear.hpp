@@ -57,7 +57,7 @@ inline Status check_levels(const LogLinearOptions<float>& levels, const Recurren
     return status;
   memory.may_be("final_levels", "initial_levels");
   if (levels.initial_levels && levels.final_levels && levels.initial_levels.data == levels.final_levels.data &&
-      levels.initial_levels.stride != levels.final_levels.stride)
+      !stride_alike(levels.initial_levels, levels.final_levels))
     return invalid("fovea: initial_levels and final_levels share their memory with different strides");
   run.level_weight = tidy(levels.level_weight);
   run.initial_levels = levels.initial_levels;
@@ -84,7 +84,7 @@ Status run_levels(LevelRun& run, const Spec& spec, const RecurrentOptions<float>
 // v [batch, v_head, pos, dim_v], out [batch, out_head, pos, dim_v] (core/recurrent.hpp); decay.gate [batch | 1,
 // state_head | 1, pos | 1, 1]; levels.level_weight may share axes in the same way. Unscaled. options.initial_state and
 // final_state stay null: states are levels.initial_levels and final_levels, which may be the same memory. Levels that are
-// dead are not read, and not written where both are the same. Nothing is written before every check has passed; out must
+// dead are not read; where both are the same they stay or become zeros. Nothing is written before every check has passed; out must
 // not overlap anything.
 inline Status log_linear_simple_gla(const Operand& q, const Operand& k, const Operand& v, const Decay<float>& decay,
                                     const LogLinearOptions<float>& levels, const Result& out,

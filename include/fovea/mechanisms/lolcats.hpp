@@ -486,7 +486,7 @@ inline Status check_carried(const LolcatsOptions<float>& l, const RecurrentOptio
   memory.may_be("final_window_k", "initial_window_k");
   memory.may_be("final_window_v", "initial_window_v");
   const auto in_place = [](const auto& from, const auto& to) {
-    return from.data == nullptr || from.data != to.data || from.stride == to.stride;
+    return from.data == nullptr || from.data != to.data || door::stride_alike(from, to);
   };
   if (!in_place(l.initial_key_sum, l.final_key_sum) || !in_place(l.initial_window_k, l.final_window_k) ||
       !in_place(l.initial_window_v, l.final_window_v))

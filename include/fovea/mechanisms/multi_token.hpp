@@ -606,8 +606,8 @@ class MultiTokenRun {
       const f32 x = load_strided(row + d, 1, count - d);
       squares = fma(x, x, squares);
     }
-    const float mean = reduce_add(squares) / static_cast<float>(count);
-    const f32 factor(options_.norm_factor / std::sqrt(mean + options_.norm_eps));
+    const float mean = reduce_add(squares) / static_cast<float>(count) + options_.norm_eps;
+    const f32 factor(mean == 0.f ? 0.f : options_.norm_factor / std::sqrt(mean));   // 0: a row that sees no key, with eps 0
     for (index_t d = 0; d < count; d += kLanes) {
       f32 x = load(row + d) * factor;
       if (!options_.norm_weight.empty()) x = x * load_strided(options_.norm_weight.data() + d, 1, count - d);

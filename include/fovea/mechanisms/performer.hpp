@@ -121,10 +121,13 @@ class Maker {
     return carve_lane(bump, shape_.len, dim_);
   }
 
+  // Rows behind the last sequence of a ragged call belong to nobody.
+  index_t used_rows() const { return options_.cu_len.empty() ? shape_.len : options_.cu_len.back(); }
+
   // W x of every row.
   void project(const Features& x) const {
     const View<const float, 2>& w = performer_.projection;
-    const index_t heads = shape_.batch * x.heads(), len = x.len();
+    const index_t heads = shape_.batch * x.heads(), len = used_rows();
     if (len < kProjectedFrom) {
       return deal(options_.executor, options_.executor.lanes(), heads * len, [&](int lane, index_t task) {
         float* const row = lane_memory(lane).row;
@@ -174,9 +177,9 @@ class Maker {
     return static_cast<index_t>(std::upper_bound(cu.begin(), cu.end(), pos) - cu.begin()) - 1;
   }
 
-  // W x to phi(x), in place. Rows behind the last sequence of a ragged call belong to nobody.
+  // W x to phi(x), in place.
   void close(const Features& x, bool keys) const {
-    const index_t len = options_.cu_len.empty() ? x.len() : options_.cu_len.back();
+    const index_t len = used_rows();
     const index_t blocks = (len + kRowsOfTask - 1) / kRowsOfTask;
     const bool relu = performer_.kernel == PerformerKernel::relu;
     const float eps = performer_.eps ? *performer_.eps : relu ? 1e-3f : 1e-4f;
@@ -206,6 +209,11 @@ class Maker {
   const Memory& memory_;
 };
 
+// Divided by or only handed on.
+inline bool keeps_sum(const LinearOptions<float>& linear) {
+  return linear.normalize || linear.initial_key_sum || linear.final_key_sum;
+}
+
 // What the chunk engine is asked, once features are there (null pointers while bytes are counted).
 struct Bound {
   Features q, k;
@@ -218,7 +226,6 @@ inline Bound bind(const Operand& q, const Operand& k, const Operand& v, const Re
   bound.run = door::bind_recurrent(bound.q.operand(features), bound.k.operand(features), v, out, options,
                                    linear.normalize ? 1.f : door::inverse_root(features));
   bound.run.read_last = !linear.causal;
-  if (!linear.normalize) return bound;
   bound.run.initial_key_sum = linear.initial_key_sum;
   bound.run.final_key_sum = linear.final_key_sum;
   return bound;
@@ -252,7 +259,7 @@ inline Status check(const PerformerOptions& performer, const LinearOptions<float
   if (Status s = door::check_like("final_key_sum", linear.final_key_sum, sums, memory); !s.ok()) return s;
   memory.may_be("final_key_sum", "initial_key_sum");
   if (linear.initial_key_sum && linear.initial_key_sum.data == linear.final_key_sum.data &&
-      linear.initial_key_sum.stride != linear.final_key_sum.stride)
+      !door::stride_alike(linear.initial_key_sum, linear.final_key_sum))
     return door::invalid("fovea: initial_key_sum and final_key_sum share their memory with different strides");
   // Numbers of features, and then bytes, are counted in index_t.
   const double rows =
@@ -275,8 +282,8 @@ inline std::size_t performer_workspace_bytes(const Operand& q, const Operand& k,
       carve(bump, door::recurrent_shape(q, k, v, options), features, k.extent[3], options.executor.lanes());
   const RecurrentRun run = bind(q, k, v, out, memory, features, linear, options).run;
   return bump.used() + kAlignment +
-         (linear.normalize ? door::recurrent_workspace_bytes<PerformerSpec>(run, options)
-                           : door::recurrent_workspace_bytes<UnnormalizedSpec>(run, options));
+         (keeps_sum(linear) ? door::recurrent_workspace_bytes<PerformerSpec>(run, options)
+                            : door::recurrent_workspace_bytes<UnnormalizedSpec>(run, options));
 }
 
 // q [batch, q_head, pos, dim], k [batch, k_head, pos, dim], v [batch, v_head, pos, dim_v], out [batch, out_head, pos,
@@ -301,8 +308,9 @@ inline Status performer(const Operand& q, const Operand& k, const Operand& v, co
     Maker(performer, options, shape, dim, memory).make(bound.q, bound.k);
     RecurrentOptions<float> rest = options;
     rest.workspace = bytes.subspan(bump.used());
-    if (!linear.normalize) return door::run_recurrent(bound.run, UnnormalizedSpec{{}, {}, {}, {}}, rest);
-    return door::run_recurrent(bound.run, PerformerSpec{{}, {}, {}, {linear.eps, linear.clamp_denominator, true}}, rest);
+    if (!keeps_sum(linear)) return door::run_recurrent(bound.run, UnnormalizedSpec{{}, {}, {}, {}}, rest);
+    const PerformerSpec spec{{}, {}, {}, {linear.eps, linear.clamp_denominator, linear.normalize}};
+    return door::run_recurrent(bound.run, spec, rest);
   });
 }
 

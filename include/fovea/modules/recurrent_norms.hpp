@@ -110,6 +110,7 @@ FOVEA_INLINE void each_chunk(index_t begin, index_t end, const F& f) {
 // body(batch, head, pos) for every row; a task is a token, whose heads are enough work to deal out.
 template <class Body>
 void each_row(const Executor& executor, const std::array<index_t, 4>& extent, const Body& body) {
+  if (std::find(extent.begin(), extent.end(), 0) != extent.end()) return;   // the other axes may be as long as they like
   deal(executor, executor.lanes(), extent[0] * extent[2], [&](int, index_t task) {
     for (index_t head = 0; head < extent[1]; ++head) body(task / extent[2], head, task % extent[2]);
   });

@@ -40,9 +40,10 @@ inline void differential(Tensor<const float> q, Tensor<const float> k, Tensor<co
           out(b, h, i, d) = a1[n] - lambda * a2[n];
           squares += out(b, h, i, d) * out(b, h, i, d);
         }
-        const double rms = std::sqrt(squares / static_cast<double>(out.extent[3]) + eps);
+        const double mean = squares / static_cast<double>(out.extent[3]) + eps;
+        const double scale = mean == 0 ? 0 : (1 - lambda_init) / std::sqrt(mean);   // a row that sees no key, with eps 0
         for (index_t d = 0; d < out.extent[3]; ++d)
-          out(b, h, i, d) *= (1 - lambda_init) / rms * (weight.empty() ? 1 : double{weight[static_cast<std::size_t>(d)]});
+          out(b, h, i, d) *= scale * (weight.empty() ? 1 : double{weight[static_cast<std::size_t>(d)]});
       }
     }
   }

@@ -155,8 +155,9 @@ void multi_token(Tensor<const float> q, Tensor<const float> k, Tensor<const floa
             row[d] += s.mixed_weights[s.at(h, i, j)] * double{v(k_batch, h / group, k_begin + j, static_cast<index_t>(d))};
           squares += row[d] * row[d];
         }
+        const double mean = squares / static_cast<double>(dim_v) + double{options.norm_eps};
         for (std::size_t d = 0; options.norm && d < row.size(); ++d) {
-          row[d] *= double{options.norm_factor} / std::sqrt(squares / static_cast<double>(dim_v) + double{options.norm_eps});
+          row[d] *= mean == 0 ? 0 : double{options.norm_factor} / std::sqrt(mean);   // 0: a row that sees no key, with eps 0
           if (!options.norm_weight.empty()) row[d] *= double{options.norm_weight[d]};
         }
         gated = row;

@@ -194,6 +194,17 @@ TEST_CASE("feature maps: softmax maps sum to one and survive large numbers", "[f
   }
 }
 
+TEST_CASE("feature maps: those without their weights have no features", "[feature_maps]") {
+  const std::vector<float> ones(9, 1.f);
+  const View<const float, 2> row{ones.data(), {1, 9}, {9, 1}};
+  const Matrix w(40, 1, 6, 9, Layout::rows);
+  CHECK(RebasedMap{9}.features(9) == 0);
+  CHECK(RebasedMap{9, row}.features(9) == 0);
+  CHECK(RebasedMap{9, {}, row}.features(9) == 0);
+  CHECK(RebasedMap{9, row, row}.features(9) == 45);
+  CHECK(FavorKeyMap{w.view}.features(9) == 0);
+}
+
 TEST_CASE("feature maps: a number that is not one reaches its features", "[feature_maps]") {
   const index_t dim = 9;
   std::vector<float> row = normals(41, dim);

@@ -334,7 +334,7 @@ struct RebasedMap {
   View<const float, 2> gamma = {}, beta = {};   // [head | 1, dim]
   float eps = 1e-5f;
 
-  index_t features(index_t) const { return dim * (dim + 1) / 2; }
+  index_t features(index_t) const { return gamma && beta ? dim * (dim + 1) / 2 : 0; }
   void operator()(index_t head, index_t, const float* row, float* to) const {
     const auto d = static_cast<float>(dim);
     const f32 mean(feature_rows::sum(row, dim) / d);
@@ -440,7 +440,7 @@ struct FavorKeyMap {
   View<const float, 1> stabiliser = {};   // [head | 1]  one number per head; favor_largest of the keys, or more
   float eps = 1e-4f;
 
-  index_t features(index_t dim) const { return dim == projection.extent[2] ? projection.extent[1] : 0; }
+  index_t features(index_t dim) const { return stabiliser && dim == projection.extent[2] ? projection.extent[1] : 0; }
   void operator()(index_t head, index_t, const float* row, float* to) const {
     const index_t count = projection.extent[1], dim = projection.extent[2];
     const float largest = stabiliser.data[stabiliser.extent[0] == 1 ? 0 : head * stabiliser.stride[0]];
