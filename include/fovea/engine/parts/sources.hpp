@@ -14,8 +14,6 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-inline constexpr index_t kPrefetchBytes = 4096;
-
 // Rows between a row and the one to prefetch beside it.
 FOVEA_INLINE index_t rows_ahead(Format format, index_t dim) {
   return std::max<index_t>(kPrefetchBytes / row_bytes(format, dim), 1);
