@@ -48,7 +48,8 @@ struct StoredSource {
     };
     if (home.home == Home::paged) {
       // The run ends with its page, or where what it prefetches does.
-      const index_t near_k = rows_ahead(home.k.format, home.dim_qk), near_v = rows_ahead(home.v.format, home.dim_v);
+      const index_t near_k = in_pages(rows_ahead(home.k.format, home.dim_qk), home.len);
+      const index_t near_v = in_pages(rows_ahead(home.v.format, home.dim_v), home.len);
       const index_t page = begin / home.len, slot = begin - page * home.len;
       const Place place{entry(home, row.sequence, page), slot};
       // Pages behind the middle of a mixed cache are not in use.
@@ -86,6 +87,11 @@ struct StoredSource {
     };
     return {segment(home.k, rows_ahead(home.k.format, home.dim_qk)), segment(home.v, rows_ahead(home.v.format, home.dim_v)),
             &reads};
+  }
+
+  // Whole pages where pages are small, so that what lies ahead of a run is a run, too.
+  static index_t in_pages(index_t near, index_t page) {
+    return 2 * near < page ? near : std::max<index_t>((near + page / 2) / page, 1) * page;
   }
 
   static std::int32_t entry(const Kv& home, int sequence, index_t page) {
