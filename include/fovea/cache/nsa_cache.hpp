@@ -81,7 +81,8 @@ class NsaCache {
     if (Status s = entries_.extend(sequence, end - old); !s.ok()) return refuse(s);
 
     // Entries that begin with this append straight from its tokens, all in one call; first, since it takes the most memory: where
-    // there is enough for it and for the first of the others, nothing can fail once open tokens are forgotten.
+    // there is enough for it and for the first of the others, nothing fails once open tokens are forgotten, unless other threads
+    // take the memory in between.
     const index_t straight = std::clamp((before + step - 1) / step, old, end);
     if (straight < end) {
       const index_t first = straight * step - before;

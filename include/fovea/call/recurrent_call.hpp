@@ -22,7 +22,8 @@ namespace door {
 inline constexpr index_t kMaxRecurrentDim = 4096;
 inline constexpr index_t kMaxStates = index_t{1} << 24;
 
-// The same element has the same place in both: the stride of an axis counts where both have more than one of it.
+// The same element has the same place in both: the stride of an axis counts where both have more than one of it. Where one has
+// more of an axis, its caller knows that none of the rest is both read and written.
 template <class A, class B>
 bool stride_alike(const A& a, const B& b) {
   for (std::size_t axis = 0; axis < a.extent.size(); ++axis) {

@@ -128,7 +128,7 @@ class Maker {
   void project(const Features& x) const {
     const View<const float, 2>& w = performer_.projection;
     const index_t heads = shape_.batch * x.heads(), len = used_rows();
-    if (shape_.len < kProjectedFrom) {   // not `len`: no bits of a sequence hang on how many rows others use
+    if (shape_.len < kProjectedFrom) {   // not `len`: bits depend on how long the tensor is, not on how full
       return deal(options_.executor, options_.executor.lanes(), heads * len, [&](int lane, index_t task) {
         float* const row = lane_memory(lane).row;
         x.read(task / len, task % len, 0, dim_, row);

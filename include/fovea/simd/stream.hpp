@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two kernels of decode: few query rows against stored K and V, read in place, once. Bound by memory, so they keep four
-// keys in flight, fetch each cache line once and ahead of its use, and never copy. Each result is made in one order whatever
+// The two kernels of decode: few query rows against stored K and V, read in place, once. Bound by memory, so they fetch each
+// cache line once and ahead of its use, in the order of memory where they can, and never copy. Each result is made in one order whatever
 // rows and keys stand beside it, so it does not depend on where segments end.
 #pragma once
 #include <algorithm>
@@ -51,14 +51,18 @@ FOVEA_INLINE void load_vectors(const Codec& codec, const std::byte* row, index_t
 }
 
 // The lines that hold `Vectors` vectors from number d on of the row `ahead` bytes behind this one.
-template <int Vectors, class Codec, bool IntoL1 = true>
+template <int Vectors, class Codec>
 FOVEA_INLINE void prefetch_vectors(const std::byte* row, index_t d, index_t ahead) {
   constexpr index_t kBytes = Codec::offset(Vectors * kLanes);
   FOVEA_UNROLL
-  for (index_t at = 0; at < kBytes; at += kLineBytes) {
-    if constexpr (IntoL1) prefetch(row + Codec::offset(d) + at, ahead);
-    if constexpr (!IntoL1) prefetch_l2(row + Codec::offset(d) + at, ahead);
-  }
+  for (index_t at = 0; at < kBytes; at += kLineBytes) prefetch(row + Codec::offset(d) + at, ahead);
+}
+// The same into the L2 only.
+template <int Vectors, class Codec>
+FOVEA_INLINE void prefetch_vectors_l2(const std::byte* row, index_t d, index_t ahead) {
+  constexpr index_t kBytes = Codec::offset(Vectors * kLanes);
+  FOVEA_UNROLL
+  for (index_t at = 0; at < kBytes; at += kLineBytes) prefetch_l2(row + Codec::offset(d) + at, ahead);
 }
 // Scales behind the numbers (of groups: kGroupScaled) may have a line to themselves.
 template <class Codec>
@@ -90,7 +94,7 @@ FOVEA_INLINE Lookahead lookahead(const Segment& keys, index_t dim) {
 // sum[r] = the product of q[r] and one key, lane by lane. One or two queries work off a line faster than memory gives it, and only
 // keys read one after the other let prefetchers follow then (Zen 4, one query, f32: 28 instead of 10 GB/s on one core).
 template <class Codec>
-inline constexpr int kRowsKeyByKey = kBoundByMemory<Codec> ? 2 : 0;
+inline constexpr int kRowsKeyByKey = kBoundByMemory<Codec>&& kLanes >= 8 ? 2 : 0;   // fewer lanes: memory is faster
 template <int Rows, class Codec>
 FOVEA_INLINE void multiply_key(const Codec& codec, const float* q, index_t q_stride, const std::byte* key, index_t ahead,
                                index_t dim, f32 (&sum)[Rows]) {
@@ -103,11 +107,11 @@ FOVEA_INLINE void multiply_key(const Codec& codec, const float* q, index_t q_str
   constexpr int kStep = kLineVectors<Codec>;
   index_t d = 0;
   for (; d + kStep * kLanes <= dim; d += kStep * kLanes) {
-    prefetch_vectors<kStep, Codec, false>(key, d, ahead);
+    prefetch_vectors_l2<kStep, Codec>(key, d, ahead);
     FOVEA_UNROLL
     for (int n = 0; n < kStep; ++n) add(d + n * kLanes, codec.load(key, d + n * kLanes, dim));
   }
-  if (d < dim) prefetch_vectors<kStep, Codec, false>(key, d, ahead);
+  if (d < dim) prefetch_vectors_l2<kStep, Codec>(key, d, ahead);
   for (; d + kLanes <= dim; d += kLanes) add(d, codec.load(key, d, dim));
   if (d < dim) add(d, codec.load_some(key, d, dim - d, dim));
 }
@@ -172,9 +176,15 @@ FOVEA_INLINE void multiply_block(const Codec& codec, const float* q, index_t q_s
   } else {
     constexpr int kStep = kLineVectors<Codec>;
     index_t ahead = far.ahead;
-    for (; d + kStep * kLanes <= dim; d += kStep * kLanes, ahead += far.step) {
+    for (; d + kStep * kLanes <= dim; d += kStep * kLanes, ahead += kBoundByMemory<Codec> ? far.step : 0) {
       FOVEA_UNROLL
-      for (int j = 0; j < kStreamKeys; ++j) prefetch_vectors<kStep, Codec>(key, 0, ahead + j * far.between);
+      for (int j = 0; j < kStreamKeys; ++j) {
+        if constexpr (kBoundByMemory<Codec>) {
+          prefetch_vectors<kStep, Codec>(key, 0, ahead + j * far.between);
+        } else {
+          prefetch_vectors<kStep, Codec>(key + offset[j], d, ahead);
+        }
+      }
       FOVEA_UNROLL
       for (int n = 0; n < kStep; ++n)
         add(d + n * kLanes, [&](const std::byte* row) { return codec.load(row, d + n * kLanes, dim); });
@@ -263,13 +273,12 @@ void stream_scores(const Codec& codec, index_t rows, const float* q, index_t q_s
   }
 }
 
-// ahead, step: what to prefetch beside row j is ahead + j * step from the first row.
+// ahead, step: what to prefetch beside row j is ahead + j * step from the first row. Into the L2 beside three and four rows: they take
+// several passes, and pages of 16 read twice as fast then (Zen 4).
 template <int Rows, int Vectors, class Codec>
 FOVEA_INLINE void weigh_columns(const Codec& codec, const float* p, index_t p_stride, const std::byte* rows,
                                 index_t row_stride, index_t ahead, index_t step, index_t count, index_t d, index_t dim,
                                 const float* rescale, float* acc, index_t acc_stride) {
-  constexpr bool kIntoL1 =
-      Rows <= 2 || !kBoundByMemory<Codec>;   // more rows take several passes, and a run ahead fills the L1
   f32 sum[Rows][Vectors];
   FOVEA_UNROLL
   for (int r = 0; r < Rows; ++r) {
@@ -278,7 +287,11 @@ FOVEA_INLINE void weigh_columns(const Codec& codec, const float* p, index_t p_st
   }
   const std::byte* const first = rows;
   for (index_t j = 0; j < count; ++j, rows += row_stride, ahead += step) {
-    prefetch_vectors<Vectors, Codec, kIntoL1>(first, 0, ahead);
+    if constexpr (Rows > 2 && kBoundByMemory<Codec>) {
+      prefetch_vectors_l2<Vectors, Codec>(first, 0, ahead);
+    } else {
+      prefetch_vectors<Vectors, Codec>(first, 0, ahead);
+    }
     f32 value[Vectors];
     load_vectors(codec, rows, d, dim, value);
     FOVEA_UNROLL
@@ -304,9 +317,9 @@ FOVEA_NOINLINE void stream_weigh_rows(const Codec& codec, const float* p, const 
   const index_t stride = values.stride, ahead = values.ahead;
   const float keep[kStreamRows] = {1.f, 1.f, 1.f, 1.f};
   // Several passes over the columns of rows that stand together: each pass fetches its share of the run behind this one, in the
-  // order of memory (Zen 4, four queries, f32: 27 instead of 12 GB/s on one core). Rows further away than kPrefetchBytes are
-  // those of other pages or lists.
-  const bool in_order = dim > kWide * kLanes && ahead > 0 && ahead <= kPrefetchBytes && stand_together<Codec>(stride, dim);
+  // order of memory (Zen 4, four queries, f32: 26 instead of 12 GB/s on one core; 20 with runs of kPrefetchBytes). Short segments
+  // are pages or lists, and what follows them lies elsewhere.
+  const bool in_order = dim > kWide * kLanes && values.count >= 4 * kRun && stand_together<Codec>(stride, dim);
   for (index_t first = 0; first < values.count; first += kRun) {
     const index_t here = std::min(kRun, values.count - first);
     const std::byte* const run = values.data + first * stride;

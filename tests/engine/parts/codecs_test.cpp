@@ -223,7 +223,7 @@ TEST_CASE("scores and weighted sums of stored rows: near a double sum, the same 
     const KeyKernels keys_of = key_kernels_for(format);
     const ValueKernels values_of = value_kernels_for(format);
     for (const index_t dim : some_dims_of(format)) {
-      const index_t rows = 6, count = 45, padded_dim = whole_vectors(dim);
+      const index_t rows = 7, count = 45, padded_dim = whole_vectors(dim);
       const Rows stored(format, dim, count, 11, 8);
       test::Random random(12);
       std::vector<float> q(static_cast<std::size_t>(rows * padded_dim), 0.f);
@@ -281,22 +281,24 @@ TEST_CASE("scores and weighted sums of stored rows: near a double sum, the same 
         CHECK(format == Format::i8_channel);
       }
 
-      // Cut into 1 to 9 keys each, and by rows.
+      // Cut into 1 to 9 keys each, and into 1 to 3 rows: all came four and three at a time.
       for (const index_t whole : {index_t{0}, index_t{1}, index_t{4}, index_t{9}}) {
         std::vector<float> cut_scores(scores.size(), kNan), cut_acc = start;
-        for (index_t r = 0; r < rows; r += 2) {
+        const index_t most = whole == 0 ? 2 : whole == 9 ? 1 : 3;
+        for (index_t r = 0; r < rows; r += most) {
+          const index_t beside = std::min(most, rows - r);
           for (index_t first = 0, n = 0; first < count; ++n) {
             const index_t here = std::min(whole == 0 ? n % 9 + 1 : whole, count - first);
-            keys_of.scores(2, q.data() + r * padded_dim, padded_dim, stored.segment(first, first + here), dim,
+            keys_of.scores(beside, q.data() + r * padded_dim, padded_dim, stored.segment(first, first + here), dim,
                            cut_scores.data() + r * kScoreStride + first);
             if (values_of.weigh != nullptr) {
-              const float keep[2] = {1.f, 1.f};
-              values_of.weigh(2, weights.data() + r * kScoreStride + first, stored.segment(first, first + here), dim,
+              const float keep[3] = {1.f, 1.f, 1.f};
+              values_of.weigh(beside, weights.data() + r * kScoreStride + first, stored.segment(first, first + here), dim,
                               first == 0 ? rescale.data() + r : keep, cut_acc.data() + r * padded_dim, padded_dim);
             }
             first += here;
           }
-          for (index_t row = r; row < r + 2; ++row) {
+          for (index_t row = r; row < r + beside; ++row) {
             wrong += std::memcmp(cut_scores.data() + row * kScoreStride, scores.data() + row * kScoreStride,
                                  static_cast<std::size_t>(count) * sizeof(float)) != 0;
           }
