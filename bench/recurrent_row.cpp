@@ -380,7 +380,7 @@ void RecurrentTable::add_prefill() {
   row.format = Format::bf16;
   add_threads(group, row, shapes_.bf16_on_two_threads ? most_threads_ : 1);
   row.panels = fovea::Panels::bf16;
-  if (shapes_.bf16_on_two_threads && fovea::tiles_allowed()) add_threads(group, row, most_threads_);
+  if (shapes_.bf16_on_two_threads && fovea::tile_products_allowed()) add_threads(group, row, most_threads_);
   row.panels = fovea::Panels::f32;
   row.format = Format::f32;
   row.token_major = true;

@@ -44,7 +44,7 @@ const Mechanism& gated_delta() {
   return mechanism;
 }
 
-#if FOVEA_HAS_TILES
+#if FOVEA_HAS_TILE_PRODUCTS
 const Mechanism& kda() {
   static const Mechanism mechanism{
       .name = "KDA",
@@ -87,24 +87,24 @@ const std::vector<Mechanism>& others() {
 
 }   // namespace
 
-TEST_CASE("bf16 panels of recurrences are refused where there is no AMX") {
+TEST_CASE("bf16 panels of recurrences are refused where nothing multiplies bf16") {
   const Problem problem(gated_delta(), {.len = 40});
   Answer a = problem.answer(gated_delta());
   const Status status = call(gated_delta(), problem.arguments(gated_delta(), a), {});
-  CHECK(status.ok() == fovea::tiles_allowed());
+  CHECK(status.ok() == fovea::tile_products_allowed());
   if (status.ok()) return;
   CHECK(status.code() == fovea::Code::unsupported);
   CHECK(std::string(status.message()).find("AMX") != std::string::npos);
   CHECK(a.untouched());
 }
 
-#if FOVEA_HAS_TILES
+#if FOVEA_HAS_TILE_PRODUCTS
 
 // Of rounded queries, keys, weights, pseudo-values and a copy of the state: 8 bits each.
 constexpr double kAllowed = 5e-3;
 
 TEST_CASE("bf16 tiles: 4096 tokens of a head of the models' size") {
-  if (!fovea::tiles_allowed()) return;
+  if (!fovea::tile_products_allowed()) return;
   for (const Mechanism* mechanism : {&gated_delta(), &kda()}) {
     for (const Gating gating : {Gating::mild, Gating::slow}) {
       Case c{.seed = 1, .len = 4096, .dim_k = 128, .dim_v = 128, .format = Format::bf16, .initial = false, .gating = gating};
@@ -118,7 +118,7 @@ TEST_CASE("bf16 tiles: 4096 tokens of a head of the models' size") {
 }
 
 TEST_CASE("bf16 tiles: lengths around tiles and chunks, grouped heads, both layouts") {
-  if (!fovea::tiles_allowed()) return;
+  if (!fovea::tile_products_allowed()) return;
   std::vector<Mechanism> all = others();
   all.push_back(gated_delta());
   all.push_back(kda());
@@ -143,7 +143,7 @@ TEST_CASE("bf16 tiles: lengths around tiles and chunks, grouped heads, both layo
 // Whatever is asked for together: layouts in memory, formats (fp32 is rounded), strong gates, betas up to 2, ragged batches.
 // Few numbers that cancel, and reflections with beta 2 that undo each other, keep less of the 8 bits.
 TEST_CASE("bf16 tiles: every option with every other", "[grid]") {
-  if (!fovea::tiles_allowed()) return;
+  if (!fovea::tile_products_allowed()) return;
   std::vector<Mechanism> all = others();
   all.push_back(gated_delta());
   all.push_back(kda());
@@ -165,7 +165,7 @@ TEST_CASE("bf16 tiles: every option with every other", "[grid]") {
 }
 
 TEST_CASE("bf16 tiles: lanes, workspaces and states in place change no bit") {
-  if (!fovea::tiles_allowed()) return;
+  if (!fovea::tile_products_allowed()) return;
   for (const Mechanism* mechanism : {&gated_delta(), &kda()}) {
     check_lanes(*mechanism);
     check_workspace(*mechanism);
@@ -179,7 +179,7 @@ TEST_CASE("bf16 tiles: lanes, workspaces and states in place change no bit") {
 
 // Behind another sequence, so that positions in the batch entry are not those in the sequence.
 TEST_CASE("bf16 tiles: a sequence packed behind another one is the sequence alone") {
-  if (!fovea::tiles_allowed()) return;
+  if (!fovea::tile_products_allowed()) return;
   Mechanism cosformer = others()[0];
   cosformer.name = "cosFormer";
   cosformer.features = [](index_t dim) { return 2 * dim; };
@@ -207,7 +207,7 @@ TEST_CASE("bf16 tiles: a sequence packed behind another one is the sequence alon
 }
 
 TEST_CASE("bf16 tiles: a sequence alone, in a batch or ragged, is the same bits") {
-  if (!fovea::tiles_allowed()) return;
+  if (!fovea::tile_products_allowed()) return;
   for (const Mechanism* mechanism : {&gated_delta(), &kda()}) {
     Case c{.seed = 7, .len = 70, .heads = {2, 2, 4}, .dim_k = 32, .dim_v = 64, .format = Format::bf16, .initial = false};
     const Problem alone(*mechanism, c);
@@ -221,7 +221,7 @@ TEST_CASE("bf16 tiles: a sequence alone, in a batch or ragged, is the same bits"
 
 // Keys that decay by more than 2^-60 within half a chunk take the fp32 form, of that chunk alone.
 TEST_CASE("bf16 tiles: channels that decay too much") {
-  if (!fovea::tiles_allowed()) return;
+  if (!fovea::tile_products_allowed()) return;
   for (const Gating gating : {Gating::resets, Gating::strong}) {
     Case c{.seed = 8, .len = 130, .heads = {2, 2, 2}, .dim_k = 64, .dim_v = 32, .format = Format::bf16, .gating = gating};
     c.betas = Betas::unit;
@@ -234,7 +234,7 @@ TEST_CASE("bf16 tiles: channels that decay too much") {
 }
 
 TEST_CASE("bf16 tiles: Mamba-2 with steps of all sizes") {
-  if (!fovea::tiles_allowed()) return;
+  if (!fovea::tile_products_allowed()) return;
   const Mechanism& mamba2 = others().back();
   Problem problem(mamba2, {.seed = 11, .len = 130, .heads = {2, 2, 4}, .dim_k = 32, .dim_v = 64, .format = Format::bf16});
   test::Random random(12);
@@ -246,7 +246,7 @@ TEST_CASE("bf16 tiles: Mamba-2 with steps of all sizes") {
 
 // Forms token by token, and mechanisms without tiles, keep their fp32 products.
 TEST_CASE("bf16 tiles: what has no tiles keeps its bits") {
-  if (!fovea::tiles_allowed()) return;
+  if (!fovea::tile_products_allowed()) return;
   Mechanism fp32 = gated_delta();
   fp32.run = [](const Arguments<float>& x) {
     return fovea::gated_delta_net(x.q, x.k, x.v, x.decay, x.beta, x.out, x.options);

@@ -7,9 +7,10 @@
 TEST_CASE("tiles are there where the compiler may use AMX on Linux, and given only where they are there") {
   CHECK(fovea::kHasTiles == (FOVEA_HAS_TILES != 0));
   if (!fovea::kHasTiles) CHECK_FALSE(fovea::tiles_allowed());
+  if (!fovea::kHasTileProducts) CHECK_FALSE(fovea::tile_products_allowed());
 }
 
-#if FOVEA_HAS_TILES
+#if FOVEA_HAS_TILE_PRODUCTS
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -54,7 +55,7 @@ void check_product(index_t depth, index_t a_stride, index_t b_stride, index_t c_
 }   // namespace
 
 TEST_CASE("tile products are sums of products") {
-  if (!tiles_allowed()) return;
+  if (!tile_products_allowed()) return;
   check_product<2, false>(32, 32, 64, 32);
   check_product<2, false>(128, 160, 96, 48);
   check_product<2, true>(64, 64, 64, 32);
@@ -62,7 +63,7 @@ TEST_CASE("tile products are sums of products") {
 }
 
 TEST_CASE("tile products take NaN and infinities for what they are and denormals for zeros") {
-  if (!tiles_allowed()) return;
+  if (!tile_products_allowed()) return;
   std::vector<bf16> a(32 * 32, convert<bf16>(1.)), b(16 * 64, convert<bf16>(1.));
   std::vector<float> c(32 * 32);
   a[3 * 32 + 5] = convert<bf16>(std::numeric_limits<double>::quiet_NaN());
@@ -114,6 +115,8 @@ TEST_CASE("a panel rounded to pairs of rows") {
     }
   }
 }
+
+#if FOVEA_HAS_TILES
 TEST_CASE("tile registers are given back as they were configured") {
   if (!tiles_allowed()) return;
   struct alignas(64) Shape {
@@ -152,4 +155,5 @@ TEST_CASE("tile registers may be taken while they are taken") {
   CHECK(std::memcmp(once.data(), again.data(), once.size() * sizeof(float)) == 0);
 }
 
+#endif
 #endif

@@ -58,7 +58,7 @@ Status run_tasks(const Run& run, const Spec& spec, const RecurrentOptions<float>
 template <class Spec, class F>
 auto with_task(RecurrentRun& run, const RecurrentOptions<float>& options, const F& f) {
   run.plan = plan_recurrent(run, options, kind_of<Spec>(), 1, options.panels == Panels::bf16 ? tile_chunk<Spec>() : 0);
-#if FOVEA_HAS_TILES
+#if FOVEA_HAS_TILE_PRODUCTS
   if constexpr (tile_chunk<Spec>() > 0) {
     if (run.plan.panels == Panels::bf16) return f.template operator()<TileChunkTask<Spec>>();
   }

@@ -223,10 +223,10 @@ inline Status check_how(const RecurrentShape& s, const RecurrentOptions<float>& 
   if (o.form > RecurrentForm::chunked) return invalid("fovea: form is %d, no value of the enum", static_cast<int>(o.form));
   if (o.chunk < 0 || o.chunk > 256) return invalid("fovea: chunk is %td, must be 1 to 256, or 0", o.chunk);
   if (o.panels > Panels::bf16) return invalid("fovea: panels is %d, no value of the enum", static_cast<int>(o.panels));
-  if (o.panels == Panels::bf16 && !kHasTiles)
-    return unsupported("fovea: bf16 panels of recurrences need AMX on Linux, this is %s", FOVEA_ARCH_NAME);
-  if (o.panels == Panels::bf16 && !tiles_allowed())
-    return unsupported("fovea: bf16 panels of recurrences need AMX, which this system does not give to the process");
+  if (o.panels == Panels::bf16 && !kHasTileProducts)
+    return unsupported("fovea: bf16 panels of recurrences need AVX-512 BF16 or AMX, this is %s", FOVEA_ARCH_NAME);
+  if (o.panels == Panels::bf16 && !tile_products_allowed())
+    return unsupported("fovea: bf16 panels of recurrences are compiled for AMX, which this system does not give to the process");
   if (Status status = check_lanes(o.executor); !status.ok()) return status;
   if (o.cu_len.empty()) return {};
   if (s.batch != 1) return invalid("fovea: a ragged call has batch 1 and its sequences along pos; batch is %td", s.batch);

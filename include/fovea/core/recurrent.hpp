@@ -83,7 +83,8 @@ struct RecurrentOptions {
   RecurrentForm form = RecurrentForm::automatic;
   index_t chunk = 0;   // tokens in a chunk, 1 to 256; 0 = the planner's choice
   // In which chunks multiply. bf16: q, k, scores, pseudo-values and a copy of the state are rounded to 8 bits of mantissa and
-  // go through AMX tiles with fp32 sums; the state itself stays fp32 (docs/recurrent.md). Needs AMX.
+  // go through AMX tiles, or the dot product of bf16 pairs, with fp32 sums; the state itself stays fp32 (docs/recurrent.md).
+  // Needs AVX-512 BF16; in code compiled for AMX, AMX.
   Panels panels = Panels::f32;
   RecurrentPlan* plan = nullptr;   // where given: filled with what was chosen, once all tensors are checked; not by short_conv, replay_step
 };

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The chunkwise form with its products in tiles of bf16 (simd/tiles.hpp): scores, reads of the state, pseudo-values inside
-// the chunk and the update of the state. Sums are fp32, and so are the state, the gates and the triangular solve of every
-// block of 32 tokens. Rounded to bf16 are q and k, or what factors per key channel make of them; a copy of the state for
-// the chunk that reads it; the factors between tokens times the scores; and the pseudo-values.
+// The chunkwise form with its products in blocks of bf16, in tile registers or vectors (simd/tiles.hpp): scores, reads of the
+// state, pseudo-values inside the chunk and the update of the state. Sums are fp32, and so are the state, the gates and the
+// triangular solve of every block of 32 tokens. Rounded to bf16 are q and k, or what factors per key channel make of them; a
+// copy of the state for the chunk that reads it; the factors between tokens times the scores; and the pseudo-values.
 //
-// Gated DeltaNet of 128 x 128, one chunk of 64 of one head: 30 us at best where fp32 takes 75. The tile products alone are 6
+// Gated DeltaNet of 128 x 128, one chunk of 64 of one head in AMX: 30 us at best where fp32 takes 75. The tile products alone are 6
 // with operands in L1; rounding, the passes between products, the solve and waiting for L2 are the rest.
 #pragma once
 #include "../simd/tiles.hpp"
@@ -14,16 +14,17 @@ namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-// Tokens in a chunk; 0 = not in tiles. GFLOP/s in chunks of 32, 64 and 128 (heads of 128 x 128, both CPUs of the machine
+// Tokens in a chunk; 0 = not in tiles. GFLOP/s in chunks of 32, 64 and 128 (AMX, heads of 128 x 128, both CPUs of the machine
 // busy): Gated DeltaNet 140, 152 and 141; KDA 111, 111 and 106, and there half of a short chunk seldom decays too much for
-// factored scores. A sum of keys is made of fp32 scores, and no caller yet wants the twins of exclusive reads and low ranks.
+// factored scores. Without AMX 32 are best for both: 60, 63 and 71 ms for Gated DeltaNet on Zen 4. A sum of keys is made of fp32
+// scores, and no caller yet wants the twins of exclusive reads and low ranks.
 template <class Spec>
 constexpr index_t tile_chunk() {
-  if (!kHasTiles || Spec::CloseOf::divides || Spec::ReadOf::exclusive || Spec::UpdateOf::kind == Written::dplr) return 0;
-  return Spec::DecayOf::kind == Decayed::key ? 32 : 64;
+  if (!kHasTileProducts || Spec::CloseOf::divides || Spec::ReadOf::exclusive || Spec::UpdateOf::kind == Written::dplr) return 0;
+  return Spec::DecayOf::kind == Decayed::key || !kHasTiles ? 32 : 64;
 }
 
-#if FOVEA_HAS_TILES
+#if FOVEA_HAS_TILE_PRODUCTS
 
 struct TileMemory : ChunkMemory {
   bf16 *q16, *k16;                  // [chunk, dim_k]  rows as they are

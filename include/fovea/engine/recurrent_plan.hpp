@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "../simd/tiles.hpp"
 #include "recurrent_table.hpp"
 
 namespace fovea {
@@ -110,7 +111,8 @@ inline std::string describe(const RecurrentPlan& plan) {
                                      : "token by token, the state in the workspace";
   char chunk[96] = "none";
   if (chunks)
-    std::snprintf(chunk, sizeof chunk, "%td tokens, %s panels", plan.chunk, plan.panels == Panels::bf16 ? "bf16 (AMX)" : "f32");
+    std::snprintf(chunk, sizeof chunk, "%td tokens, %s panels", plan.chunk,
+                  plan.panels == Panels::f32 ? "f32" : kHasTiles ? "bf16 (AMX)" : "bf16");
   char text[512];
   std::snprintf(text, sizeof text,
                 "form        %s (%s)\n"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of bf16 in tile registers, where the instruction set has them, and the two layouts of their operands: the left
-// one as rows, the right one as pairs of rows, (k, k + 1) of every column side by side. Sums are fp32.
+// Products of bf16 in tile registers, where the instruction set has them, or in vectors of pairs, and the two layouts of their
+// operands: the left one as rows, the right one as pairs of rows, (k, k + 1) of every column side by side. Sums are fp32.
 #pragma once
 #include "gemm_bf16.hpp"
 
@@ -10,17 +10,26 @@
 #include "arch/amx.hpp"
 #else
 #define FOVEA_HAS_TILES 0
+#if defined(__AVX512BF16__)
+#include "arch/bf16_blocks.hpp"
+#endif
+#endif
+// tile_product() is there, in tile registers or without.
+#if defined(__AVX512BF16__)
+#define FOVEA_HAS_TILE_PRODUCTS 1
+#else
+#define FOVEA_HAS_TILE_PRODUCTS 0
 #endif
 
 namespace fovea {
 inline namespace v0 {
 inline namespace FOVEA_ARCH {
 
-inline constexpr bool kHasTiles = FOVEA_HAS_TILES != 0;
+inline constexpr bool kHasTiles = FOVEA_HAS_TILES != 0, kHasTileProducts = FOVEA_HAS_TILE_PRODUCTS != 0;
 // A product takes rows, columns and depth in steps of so many; its columns are a panel of the fp32 kernels.
 inline constexpr index_t kTileStep = 32;
 
-#if FOVEA_HAS_TILES
+#if FOVEA_HAS_TILE_PRODUCTS
 static_assert(kPanel == kTileStep);
 
 // Numbers of rows [row, d] as pairs [d / 2, row, 2], the right operand of products over d, and as columns [d, row], the left
@@ -71,9 +80,13 @@ FOVEA_INLINE void round_panel(const float* rows, index_t count, const float* by,
     store_pairs(to + kTileStep, high);
   }
 }
-#else
+#endif
+
+#if !FOVEA_HAS_TILES
 inline bool tiles_allowed() { return false; }
 #endif
+// Code for tile registers needs them; other code with the dot product of bf16 pairs does not ask.
+inline bool tile_products_allowed() { return kHasTiles ? tiles_allowed() : kHasTileProducts; }
 
 // Rows of a group that packed kernels work on at a time.
 inline index_t packed_rows(Panels panels) { return panels == Panels::bf16 && tiles_allowed() ? kTileStep : kTileRows; }

@@ -7,7 +7,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <array>
 #include <cstdint>
 
 #include "avx512_bf16.hpp"
@@ -101,18 +100,6 @@ FOVEA_NOINLINE void tile_product(const bf16* a, index_t a_stride,   // [m, a_str
   if constexpr (RowTiles == 2) _tile_stored(2, lower, c_bytes);
   if constexpr (RowTiles == 2) _tile_stored(3, lower + kSide, c_bytes);
   asm volatile("" ::: "memory");
-}
-
-// Pairs (a[n], b[n]) for 32 n, a vector of either word of them -> the words apart.
-FOVEA_INLINE void split_pairs(i32 low, i32 high, i32& first, i32& second) {
-  alignas(64) static constexpr auto kEven = [] {
-    std::array<std::uint16_t, 32> words{};
-    for (std::uint16_t n = 0; n < 32; ++n) words[n] = static_cast<std::uint16_t>(2 * n);
-    return words;
-  }();
-  const __m512i even = _mm512_load_si512(kEven.data());
-  first = _mm512_permutex2var_epi16(low, even, high);
-  second = _mm512_permutex2var_epi16(low, _mm512_or_si512(even, _mm512_set1_epi16(1)), high);
 }
 
 }   // namespace FOVEA_ARCH

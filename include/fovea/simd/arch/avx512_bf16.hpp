@@ -4,6 +4,9 @@
 #pragma once
 #include <immintrin.h>
 
+#include <array>
+#include <cstdint>
+
 #include "avx512.hpp"
 
 namespace fovea {
@@ -58,6 +61,18 @@ FOVEA_INLINE void interleave(i32 a, i32 b, i32& low, i32& high) {
 FOVEA_INLINE i32 larger_sizes(i32 sizes, i32 v) { return _mm512_max_epu16(sizes, _mm512_slli_epi16(v, 1)); }
 FOVEA_INLINE bool finite_sizes(i32 sizes) {
   return _mm512_cmpge_epu16_mask(sizes, _mm512_set1_epi16(static_cast<short>(0xff00))) == 0;
+}
+
+// Pairs (a[n], b[n]) for 32 n, a vector of either word of them -> the words apart.
+FOVEA_INLINE void split_pairs(i32 low, i32 high, i32& first, i32& second) {
+  alignas(64) static constexpr auto kEven = [] {
+    std::array<std::uint16_t, 32> words{};
+    for (std::uint16_t n = 0; n < 32; ++n) words[n] = static_cast<std::uint16_t>(2 * n);
+    return words;
+  }();
+  const __m512i even = _mm512_load_si512(kEven.data());
+  first = _mm512_permutex2var_epi16(low, even, high);
+  second = _mm512_permutex2var_epi16(low, _mm512_or_si512(even, _mm512_set1_epi16(1)), high);
 }
 
 }   // namespace FOVEA_ARCH
