@@ -59,10 +59,13 @@ struct PlanRequest {
 
 inline constexpr index_t kDecodeRows = 16;   // at most so many query rows per kv head read K and V in place
 inline constexpr index_t kWideRows = 256;    // at most so many are packed and still split the keys: one kv head of many
-// Tile registers make packing pay earlier: 8192 keys of dim 128 in bf16 took 13.4 ms read in place and 12.9 packed with 8 rows, 17.8
-// and 13.6 with 12, 8.8 and 12.2 with 4.
-inline constexpr index_t kTileDecodeRows = 8;
-inline index_t decode_rows(Panels panels) { return packed_rows(panels) > kDecodeRows ? kTileDecodeRows : kDecodeRows; }
+// Products of bf16 make packing pay earlier. 8192 keys of dim 128 in bf16, read in place and packed, in ms: AMX 8.8 and 12.2 with 4
+// rows, 13.4 and 12.9 with 8, 17.8 and 13.6 with 12; the dot product on Zen 4 (four kv heads) 1.78 and 1.42 with 8, 3.30 and 2.11
+// with 16. Compiled for AMX but without it, the dot product is slow.
+inline constexpr index_t kBf16DecodeRows = 8;
+inline index_t decode_rows(Panels panels) {
+  return panels == Panels::bf16 && tile_products_allowed() ? kBf16DecodeRows : kDecodeRows;
+}
 inline Regime automatic_regime(index_t rows, Panels panels) {
   return rows <= decode_rows(panels) ? Regime::decode : rows <= kWideRows ? Regime::wide_decode : Regime::prefill;
 }
