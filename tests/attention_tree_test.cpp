@@ -288,9 +288,9 @@ TEST_CASE("NaN in a draft that a branch does not see leaves no trace", "[tree][p
 }
 
 // A step over pages of 16 that is refused with these words, nothing written.
-void check_refused(Step& step, index_t queries, index_t pages, std::span<const std::uint64_t> tree, fovea::Code code,
+void check_refused(Step& step, index_t queries, std::uint64_t seed, std::span<const std::uint64_t> tree, fovea::Code code,
                    std::initializer_list<const char*> words) {
-  const Housed paged(step.keys.k, step.keys.v, consecutive(step.keys.len), pages_of(16, pages));
+  const Housed paged(step.keys.k, step.keys.v, consecutive(step.keys.len), pages_of(16, seed));
   Answer answer(Format::f32, queries, kHeads, kDimV);
   AttentionOptions options = step.options({Regime::automatic, Panels::f32});
   options.lse = answer.lse_view();
