@@ -199,7 +199,7 @@ TEST_CASE("append with a table of one row per token: row t is position t, whatev
   Positions image, tree;
   for (index_t t = 0; t < kTokens; ++t) {
     image.push_back({900 + t / 6, 40 + t % 6 / 3, 7 + t % 3});
-    const index_t depth = 500 + std::bit_width(static_cast<std::size_t>(t + 1)) - 1;   // of a binary tree in breadth
+    const index_t depth = 500 + static_cast<index_t>(std::bit_width(static_cast<std::size_t>(t + 1))) - 1;   // of a binary tree in breadth
     tree.push_back({depth, depth, depth});
   }
   const RopeOptions mrope{.rotary_dim = 32,

@@ -176,18 +176,19 @@ FOVEA_INLINE void multiply_block(const Codec& codec, const float* q, index_t q_s
   } else {
     constexpr int kStep = kLineVectors<Codec>;
     index_t ahead = far.ahead;
-    for (; d + kStep * kLanes <= dim; d += kStep * kLanes, ahead += kBoundByMemory<Codec> ? far.step : 0) {
-      FOVEA_UNROLL
-      for (int j = 0; j < kStreamKeys; ++j) {
-        if constexpr (kBoundByMemory<Codec>) {
-          prefetch_vectors<kStep, Codec>(key, 0, ahead + j * far.between);
-        } else {
-          prefetch_vectors<kStep, Codec>(key + offset[j], d, ahead);
-        }
+    for (; d + kStep * kLanes <= dim; d += kStep * kLanes) {
+      if constexpr (kBoundByMemory<Codec>) {
+        FOVEA_UNROLL
+        for (int j = 0; j < kStreamKeys; ++j) prefetch_vectors<kStep, Codec>(key, 0, ahead + j * far.between);
+        ahead += far.step;
       }
       FOVEA_UNROLL
-      for (int n = 0; n < kStep; ++n)
-        add(d + n * kLanes, [&](const std::byte* row) { return codec.load(row, d + n * kLanes, dim); });
+      for (int n = 0; n < kStep; ++n) {
+        add(d + n * kLanes, [&](const std::byte* row) {
+          if (!kBoundByMemory<Codec> && n == 0) prefetch_vectors<kStep, Codec>(row, d, ahead);
+          return codec.load(row, d + n * kLanes, dim);
+        });
+      }
     }
   }
   if (d < dim) {
