@@ -18,6 +18,7 @@
 #include "support/onnx_message.hpp"
 #include "support/onnx_numbers.hpp"
 #include "support/random.hpp"
+#include "support/temporary_folder.hpp"
 
 namespace {
 
@@ -809,16 +810,8 @@ struct Printed {
 
 // A folder of cases on disk, gone with its owner.
 struct Folder {
-  std::filesystem::path path;
-
-  Folder() {
-    std::string name = (std::filesystem::temp_directory_path() / "fovea_onnx_XXXXXX").string();
-    REQUIRE(mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  ~Folder() { std::filesystem::remove_all(path); }
-  Folder(const Folder&) = delete;
-  Folder& operator=(const Folder&) = delete;
+  test::TemporaryFolder owned;
+  std::filesystem::path path = owned.path();
 
   void write(const std::string& name, const Files& files) const {
     const std::filesystem::path data = path / name / "test_data_set_0";

@@ -16,6 +16,7 @@
 #include "generate/perplexity.hpp"
 #include "generate/sampler.hpp"
 #include "generate/tokenizer.hpp"
+#include "support/temporary_folder.hpp"
 
 using generate::Index;
 using generate::Json;
@@ -544,13 +545,11 @@ TEST_CASE("files that are not there, are directories or are empty give a message
   CHECK(!generate::Tokenizer::parse({}));
 
   // A sparse file may claim any size without holding it.
-  std::string name = (directory / "fovea-sparse-XXXXXX").string();
-  REQUIRE(mkdtemp(name.data()) != nullptr);
-  const auto sparse = std::filesystem::path(name) / "model.safetensors";
+  const test::TemporaryFolder folder;
+  const auto sparse = folder.path() / "model.safetensors";
   std::ofstream(sparse, std::ios::binary) << "{}";
   std::filesystem::resize_file(sparse, std::uintmax_t{5} << 30);
   CHECK_THAT(generate::load_safetensors(sparse).error, Catch::Matchers::ContainsSubstring("5368709120 bytes, more than"));
-  std::filesystem::remove_all(name);
 }
 
 TEST_CASE("a configuration is checked", "[generate][corrupt]") {
