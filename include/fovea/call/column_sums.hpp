@@ -120,7 +120,6 @@ class Summation {
     std::fill_n(lane.sums, group() * kChunk, 0.f);
     if (diagonals != nullptr) std::fill_n(diagonals, slots(sums.distances) * reach(), 0.f);
     const index_t first_head = kv_head_of(unit) * group();
-    const f32 nothing(-std::numeric_limits<float>::infinity());
     visit(lane, unit, chunk, [&](std::span<const Row> rows, index_t first_row, const ScoreRows& scores, index_t column) {
       for (std::size_t r = 0; r < rows.size(); ++r) {
         const float lse = memory.lse[first_row + static_cast<index_t>(r)];
@@ -132,8 +131,7 @@ class Summation {
                                                               column + sequence.len_q - 1 - rows[r].q_index;
         const float* const s = scores.row(static_cast<index_t>(r)).data();
         for (index_t j = 0; j < scores.count; j += kLanes) {
-          const f32 x = load(s + j);   // -inf: masked, also where the LSE is NaN
-          const f32 weights = select(x == nothing, f32(0.f), exp2((x - f32(lse)) * f32(kLog2e)));
+          const f32 weights = GivenLse::weight(load(s + j), f32(lse));
           store(by_key + j, load(by_key + j) + weights);
           if (by_distance != nullptr) store(by_distance + j, load(by_distance + j) + weights);
         }

@@ -32,6 +32,13 @@ bool stride_alike(const A& a, const B& b) {
   return true;
 }
 
+// A state that is updated in place has one set of strides.
+template <class From, class To>
+Status check_in_place(const char* input, const From& from, const char* output, const To& to) {
+  if (!from || from.data != to.data || stride_alike(from, to)) return {};
+  return invalid("fovea: %s and %s share their memory with different strides", input, output);
+}
+
 // The memory of one call: what it writes may not meet anything else that it reads or writes. Null views are absent.
 class Memory {
  public:
@@ -208,10 +215,7 @@ inline Status check_states(const RecurrentShape& s, const RecurrentOptions<float
   if (Status status = check_like("initial_state", o.initial_state, want, memory); !status.ok()) return status;
   if (Status status = check_like("final_state", o.final_state, want, memory); !status.ok()) return status;
   memory.may_be("final_state", "initial_state");
-  if (o.initial_state && o.final_state && o.initial_state.data == o.final_state.data &&
-      tidy(o.initial_state).stride != tidy(o.final_state).stride)
-    return invalid("fovea: initial_state and final_state share their memory with different strides");
-  return {};
+  return check_in_place("initial_state", o.initial_state, "final_state", o.final_state);
 }
 
 inline Status check_how(const RecurrentShape& s, const RecurrentOptions<float>& o) {

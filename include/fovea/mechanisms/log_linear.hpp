@@ -56,9 +56,7 @@ inline Status check_levels(const LogLinearOptions<float>& levels, const Recurren
   if (Status status = check_like("final_levels", levels.final_levels, like(levels.final_levels), memory); !status.ok())
     return status;
   memory.may_be("final_levels", "initial_levels");
-  if (levels.initial_levels && levels.final_levels && levels.initial_levels.data == levels.final_levels.data &&
-      !stride_alike(levels.initial_levels, levels.final_levels))
-    return invalid("fovea: initial_levels and final_levels share their memory with different strides");
+  if (Status s = check_in_place("initial_levels", levels.initial_levels, "final_levels", levels.final_levels); !s.ok()) return s;
   run.level_weight = tidy(levels.level_weight);
   run.initial_levels = levels.initial_levels;
   run.final_levels = levels.final_levels;

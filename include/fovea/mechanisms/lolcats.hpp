@@ -485,13 +485,12 @@ inline Status check_carried(const LolcatsOptions<float>& l, const RecurrentOptio
   memory.may_be("final_key_sum", "initial_key_sum");
   memory.may_be("final_window_k", "initial_window_k");
   memory.may_be("final_window_v", "initial_window_v");
-  const auto in_place = [](const auto& from, const auto& to) {
-    return from.data == nullptr || from.data != to.data || door::stride_alike(from, to);
-  };
-  if (!in_place(l.initial_key_sum, l.final_key_sum) || !in_place(l.initial_window_k, l.final_window_k) ||
-      !in_place(l.initial_window_v, l.final_window_v))
-    return door::invalid("fovea: an initial and a final window or key sum share their memory with different strides");
-  return {};
+  using door::check_in_place;
+  if (Status status = check_in_place("initial_key_sum", l.initial_key_sum, "final_key_sum", l.final_key_sum); !status.ok())
+    return status;
+  if (Status status = check_in_place("initial_window_k", l.initial_window_k, "final_window_k", l.final_window_k); !status.ok())
+    return status;
+  return check_in_place("initial_window_v", l.initial_window_v, "final_window_v", l.final_window_v);
 }
 
 }   // namespace lolcats_kernel

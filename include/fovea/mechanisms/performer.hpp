@@ -258,9 +258,8 @@ inline Status check(const PerformerOptions& performer, const LinearOptions<float
   if (Status s = door::check_like("initial_key_sum", linear.initial_key_sum, sums, memory); !s.ok()) return s;
   if (Status s = door::check_like("final_key_sum", linear.final_key_sum, sums, memory); !s.ok()) return s;
   memory.may_be("final_key_sum", "initial_key_sum");
-  if (linear.initial_key_sum && linear.initial_key_sum.data == linear.final_key_sum.data &&
-      !door::stride_alike(linear.initial_key_sum, linear.final_key_sum))
-    return door::invalid("fovea: initial_key_sum and final_key_sum share their memory with different strides");
+  if (Status s = door::check_in_place("initial_key_sum", linear.initial_key_sum, "final_key_sum", linear.final_key_sum); !s.ok())
+    return s;
   // Numbers of features, and then bytes, are counted in index_t.
   const double rows =
       static_cast<double>(shape.batch) * static_cast<double>(shape.len) * static_cast<double>(shape.q_heads + shape.k_heads);

@@ -154,8 +154,7 @@ inline Status check(const Scan<ModeScan>& scan, const RecurrentOptions<float>& o
   if (Status status = door::check_like("initial_state", p.initial, states, memory); !status.ok()) return status;
   if (Status status = door::check_like("final_state", p.final, states, memory); !status.ok()) return status;
   memory.may_be("final_state", "initial_state");
-  if (p.initial && p.final && p.initial.data == p.final.data && !door::stride_alike(p.initial, p.final))
-    return door::invalid("fovea: initial_state and final_state share their memory with different strides");
+  if (Status status = door::check_in_place("initial_state", p.initial, "final_state", p.final); !status.ok()) return status;
   return memory.check_apart();
 }
 

@@ -51,18 +51,17 @@ FOVEA_INLINE void load_vectors(const Codec& codec, const std::byte* row, index_t
 }
 
 // The lines that hold `Vectors` vectors from number d on of the row `ahead` bytes behind this one.
-template <int Vectors, class Codec>
+template <int Vectors, class Codec, bool IntoL1 = true>
 FOVEA_INLINE void prefetch_vectors(const std::byte* row, index_t d, index_t ahead) {
   constexpr index_t kBytes = Codec::offset(Vectors * kLanes);
   FOVEA_UNROLL
-  for (index_t at = 0; at < kBytes; at += kLineBytes) prefetch(row + Codec::offset(d) + at, ahead);
-}
-// The same into the L2 only.
-template <int Vectors, class Codec>
-FOVEA_INLINE void prefetch_vectors_l2(const std::byte* row, index_t d, index_t ahead) {
-  constexpr index_t kBytes = Codec::offset(Vectors * kLanes);
-  FOVEA_UNROLL
-  for (index_t at = 0; at < kBytes; at += kLineBytes) prefetch_l2(row + Codec::offset(d) + at, ahead);
+  for (index_t at = 0; at < kBytes; at += kLineBytes) {
+    if constexpr (IntoL1) {
+      prefetch(row + Codec::offset(d) + at, ahead);
+    } else {
+      prefetch_l2(row + Codec::offset(d) + at, ahead);
+    }
+  }
 }
 // Scales behind the numbers (of groups: kGroupScaled) may have a line to themselves.
 template <class Codec>
@@ -107,11 +106,11 @@ FOVEA_INLINE void multiply_key(const Codec& codec, const float* q, index_t q_str
   constexpr int kStep = kLineVectors<Codec>;
   index_t d = 0;
   for (; d + kStep * kLanes <= dim; d += kStep * kLanes) {
-    prefetch_vectors_l2<kStep, Codec>(key, d, ahead);
+    prefetch_vectors<kStep, Codec, false>(key, d, ahead);
     FOVEA_UNROLL
     for (int n = 0; n < kStep; ++n) add(d + n * kLanes, codec.load(key, d + n * kLanes, dim));
   }
-  if (d < dim) prefetch_vectors_l2<kStep, Codec>(key, d, ahead);
+  if (d < dim) prefetch_vectors<kStep, Codec, false>(key, d, ahead);
   for (; d + kLanes <= dim; d += kLanes) add(d, codec.load(key, d, dim));
   if (d < dim) add(d, codec.load_some(key, d, dim - d, dim));
 }
@@ -288,11 +287,7 @@ FOVEA_INLINE void weigh_columns(const Codec& codec, const float* p, index_t p_st
   }
   const std::byte* const first = rows;
   for (index_t j = 0; j < count; ++j, rows += row_stride, ahead += step) {
-    if constexpr (Rows > 2 && kBoundByMemory<Codec>) {
-      prefetch_vectors_l2<Vectors, Codec>(first, 0, ahead);
-    } else {
-      prefetch_vectors<Vectors, Codec>(first, 0, ahead);
-    }
+    prefetch_vectors<Vectors, Codec, (Rows <= 2 || !kBoundByMemory<Codec>)>(first, 0, ahead);
     f32 value[Vectors];
     load_vectors(codec, rows, d, dim, value);
     FOVEA_UNROLL

@@ -122,13 +122,13 @@ struct Softmax {
 
 // exp(s - lse) for a known LSE: the weights of a finished row; 0 for masked scores, also where the LSE is NaN.
 struct GivenLse {
+  FOVEA_INLINE static f32 weight(const f32& score, const f32& lse) {
+    return select(score == f32(-std::numeric_limits<float>::infinity()), f32(0.f), exp2((score - lse) * f32(kLog2e)));
+  }
   FOVEA_INLINE void weights(std::span<float> scores, float lse) const {
     float* const s = scores.data();
-    const f32 reference(std::isinf(lse) && lse < 0.f ? 0.f : lse), nothing(-std::numeric_limits<float>::infinity());
-    for (index_t j = 0; j < static_cast<index_t>(scores.size()); j += kLanes) {
-      const f32 score = load(s + j);
-      store(s + j, select(score == nothing, f32(0.f), exp2((score - reference) * f32(kLog2e))));
-    }
+    const f32 reference(std::isinf(lse) && lse < 0.f ? 0.f : lse);
+    for (index_t j = 0; j < static_cast<index_t>(scores.size()); j += kLanes) store(s + j, weight(load(s + j), reference));
   }
 };
 
