@@ -56,7 +56,8 @@ inline Status check_levels(const LogLinearOptions<float>& levels, const Recurren
   if (Status status = check_like("final_levels", levels.final_levels, like(levels.final_levels), memory); !status.ok())
     return status;
   memory.may_be("final_levels", "initial_levels");
-  if (Status s = check_in_place("initial_levels", levels.initial_levels, "final_levels", levels.final_levels); !s.ok()) return s;
+  if (Status status = check_in_place("initial_levels", levels.initial_levels, "final_levels", levels.final_levels); !status.ok())
+    return status;
   run.level_weight = tidy(levels.level_weight);
   run.initial_levels = levels.initial_levels;
   run.final_levels = levels.final_levels;
