@@ -30,8 +30,9 @@ using fovea::Operand;
 using fovea::Regime;
 using fovea::Tensor;
 using fovea::View;
-using Compiled = fovea::Formats<Format::f32, Format::bf16, Format::f16, Format::i8_token, Format::i4_g32, Format::e4m3,
-                                Format::latent_fp8>;
+using Compiled =
+    fovea::Formats<Format::f32, Format::f64, Format::bf16, Format::f16, Format::i8_token, Format::i4_g32, Format::i4_g64,
+                   Format::i4_g32_zero, Format::i4_g64_zero, Format::e4m3, Format::e5m2, Format::latent_fp8>;
 
 constexpr MlaDims kSmall{4, 8, 6, 20, 5};
 constexpr MlaDims kV2Lite{16, 128, 64, 512, 128}, kKimi{64, 128, 64, 512, 128}, kV3{128, 128, 64, 512, 128};
@@ -290,7 +291,9 @@ TEST_CASE("MLA scales of DeepSeek", "[mla]") {
 }
 
 TEST_CASE("both forms of MLA against the reference, every storage format", "[mla]") {
-  for (const Format format : {Format::f32, Format::bf16, Format::f16, Format::i8_token, Format::i4_g32, Format::e4m3}) {
+  for (const Format format :
+       {Format::f32, Format::f64, Format::bf16, Format::f16, Format::i8_token, Format::i4_g32, Format::i4_g64, Format::i4_g32_zero,
+        Format::i4_g64_zero, Format::e4m3, Format::e5m2}) {   // latent_fp8: with the dims of DeepSeek-V2 Lite
     Problem p(kSmall, {{1, 9}, {5, 21}, {0, 3}, {3, 2}, {4, 0}, {17, 17}}, format, 11);
     const Wanted w = reference(p, p.options(), all_heads(p.dims));
     CAPTURE(fovea::name_of(format));

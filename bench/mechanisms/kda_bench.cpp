@@ -24,7 +24,7 @@ std::vector<Group> kda_groups(int max_threads) {
     fovea_baselines::scalar_delta_step(x, *x.extra[1], x.inverse_root());
   };
   RecurrentShapes shapes;
-  shapes.v_first = shapes.bf16_on_two_threads = shapes.forms = true;
+  shapes.v_first = shapes.bf16_on_two_threads = shapes.longest = shapes.forms = true;
   return recurrent_groups(mechanism, shapes, max_threads);
 }
 

@@ -2,6 +2,7 @@
 // Mamba-1: one exponential per mode, channel and token, beside as many exponentials and nothing else.
 #include "fovea/mechanisms/mamba1.hpp"
 
+#include "baselines/scalar_scan.hpp"
 #include "fovea/reference/mamba1.hpp"
 #include "support/scan_row.hpp"
 
@@ -28,6 +29,9 @@ ScanWork make(const ScanShape& shape, const ScanTensors& x) {
                          {.layout = fovea::StateLayout::v_first,
                           .final_state = fovea::bhsd(state->data(), 1, 1, channels, modes),
                           .executor = x.executor});
+  };
+  work.scalar = [=] {
+    fovea_baselines::scalar_mamba1({len, channels, modes}, u, dt->data(), b, c, a->data(), skip, state->data(), x.out.data);
   };
   work.reference = [=](const fovea::Tensor<double>& y) {
     const index_t few = y.extent[3];

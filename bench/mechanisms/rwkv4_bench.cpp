@@ -2,6 +2,7 @@
 // RWKV-4: two exponentials and a reciprocal per channel and token.
 #include "fovea/mechanisms/rwkv4.hpp"
 
+#include "baselines/scalar_scan.hpp"
 #include "fovea/reference/rwkv4.hpp"
 #include "support/scan_row.hpp"
 
@@ -20,6 +21,9 @@ ScanWork make(const ScanShape& shape, const ScanTensors& x) {
     return fovea::rwkv4(fovea::bhsd(k, 1, 1, len, channels), fovea::bhsd(v, 1, 1, len, channels),
                         {{w->data(), {1, channels}, {channels, 1}}, {u, {1, channels}, {channels, 1}}}, x.out,
                         {.final_state = fovea::bhsd(state->data(), 1, 1, 3, channels), .executor = x.executor});
+  };
+  work.scalar = [=] {
+    fovea_baselines::scalar_rwkv4({len, channels, 1}, k, v, w->data(), u, state->data(), x.out.data);
   };
   work.reference = [=](const fovea::Tensor<double>& out) {
     const index_t few = out.extent[3];

@@ -2,6 +2,7 @@
 // S4D: 32 complex modes a channel, the default of its layers.
 #include "fovea/mechanisms/s4d.hpp"
 
+#include "baselines/scalar_scan.hpp"
 #include "fovea/reference/s4d.hpp"
 #include "support/scan_row.hpp"
 
@@ -34,6 +35,10 @@ ScanWork make(const ScanShape& shape, const ScanTensors& x) {
                        {},
                        fovea::bhsd(state->data(), 1, channels, modes, 2)},
                       x.out, {.executor = x.executor});
+  };
+  work.scalar = [=] {
+    fovea_baselines::scalar_s4d({len, channels, modes}, u, log_a_real->data(), a_imag->data(), c_real, c_imag, log_dt->data(), d,
+                                state->data(), x.out.data);
   };
   work.reference = [=](const fovea::Tensor<double>& y) {
     const index_t few = y.extent[3];

@@ -33,6 +33,7 @@ struct ScanTensors {
 // Made once per row, outside of what is measured.
 struct ScanWork {
   std::function<fovea::Status()> call;
+  std::function<void()> scalar;                           // the same as plain loops, on one thread
   std::function<void(fovea::Tensor<double>)> reference;   // the first kScanSampled channels
 };
 inline constexpr index_t kScanSampled = 5;
@@ -45,11 +46,15 @@ struct ScanMechanism {
 
 class PreparedScan final : public PreparedRow {
  public:
-  PreparedScan(const ScanMechanism& mechanism, const ScanShape& shape, const RowMemory& memory)
-      : out_(fovea::bhsd(memory.outputs.data(), 1, 1, shape.len, shape.channels)),
+  PreparedScan(const ScanMechanism& mechanism, const ScanShape& shape, bool scalar, const RowMemory& memory)
+      : scalar_(scalar),
+        out_(fovea::bhsd(memory.outputs.data(), 1, 1, shape.len, shape.channels)),
         work_(mechanism.make(shape, {memory.inputs, out_, fovea::Executor(*memory.pool, shape.threads)})) {}
 
-  void call() override { status_ = work_.call(); }
+  void call() override {
+    if (scalar_) return work_.scalar();
+    status_ = work_.call();
+  }
   double max_error() override {
     const index_t len = out_.extent[2], channels = std::min(kScanSampled, out_.extent[3]);
     std::vector<double> want(static_cast<std::size_t>(len * channels));
@@ -64,13 +69,14 @@ class PreparedScan final : public PreparedRow {
   std::string refusal() override { return status_.ok() ? "" : status_.message(); }
 
  private:
+  bool scalar_;
   fovea::Tensor<float> out_;
   ScanWork work_;
   fovea::Status status_;
 };
 
 // recurrent/<mechanism>/prefill/f32/n<modes>/c<channels>/t<len>/t<threads>/fovea, and where exponentials bind, the time of
-// as many of them at best: .../exp2.
+// as many of them at best: .../exp2; on one thread also .../scalar.
 inline Group scan_group(const ScanMechanism& mechanism, const ScanShape& shape) {
   const std::string problem = "recurrent/" + mechanism.name + (shape.len == 1 ? "/decode" : "/prefill") + "/f32/n" +
                               std::to_string(shape.modes) + "/c" + std::to_string(shape.channels) + "/t" +
@@ -86,12 +92,20 @@ inline Group scan_group(const ScanMechanism& mechanism, const ScanShape& shape) 
   row.input_floats = static_cast<std::size_t>(shape.len * shape.channels * mechanism.inputs_per_token_channel +
                                               2 * shape.len * shape.modes + 12 * shape.channels * (shape.modes + 1));
   row.output_floats = static_cast<std::size_t>(shape.len * shape.channels);
-  row.prepare = [mechanism, shape](const RowMemory& memory) -> std::unique_ptr<PreparedRow> {
-    return std::make_unique<PreparedScan>(mechanism, shape, memory);
+  const auto prepare = [&](bool scalar) {
+    return [mechanism, shape, scalar](const RowMemory& memory) -> std::unique_ptr<PreparedRow> {
+      return std::make_unique<PreparedScan>(mechanism, shape, scalar, memory);
+    };
   };
+  row.prepare = prepare(false);
   Group group;
   group.title = problem;
-  group.rows.push_back(std::move(row));
+  group.rows.push_back(row);
+  if (shape.threads == 1) {
+    row.name = problem + "/scalar";
+    row.prepare = prepare(true);
+    group.rows.push_back(std::move(row));
+  }
   if (mechanism.exponentials > 0)
     group.rows.push_back(
         exp2_probe_row(problem + "/exp2", kRecurrent, numbers * static_cast<double>(mechanism.exponentials), shape.threads));

@@ -41,7 +41,8 @@
 // Aliasing   outputs and final states overlap no input, no other output and not themselves, but for states in place.
 // Errors     a Status with the offending numbers; on error nothing has been written.
 // Allocates  nothing on a warm call with the library's thread-local workspace, nothing at all with options.workspace.
-// Same bits  for any number of lanes and executor; in one form also for any batch around a sequence, ragged or not.
+// Same bits  for any number of lanes and executor; in one form also for any batch around a sequence, ragged or not (performer: of
+//            tensors of 4 positions and more).
 //            Reentrant; concurrent calls share nothing.
 #pragma once
 #include "engine/parts/feature_maps.hpp"

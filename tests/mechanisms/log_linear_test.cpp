@@ -274,6 +274,17 @@ TEST_CASE("log-linear: lengths and starts around every chunk, in every form") {
   }
 }
 
+// Two whole chunks of the longest lengths merge, and what they leave is read.
+TEST_CASE("log-linear: lengths around chunks of 128 and 256") {
+  for (const Kind kind : kKinds) {
+    for (const index_t len : {127, 128, 255, 256, 257, 391, 775}) {
+      const LevelProblem x({.kind = kind, .first = {0}}, {.seed = 20 + static_cast<std::uint64_t>(len), .len = len, .betas = Betas::unit});
+      const LevelProblem::Expected expected = x.expected();
+      for (const index_t chunk : {128, 256}) check(x, expected, {RecurrentForm::chunked, chunk});
+    }
+  }
+}
+
 // Dims with part of a panel, whole ones and both; levels passed over by one product (small dim_k) and by two.
 TEST_CASE("log-linear: every option with every other", "[grid]") {
   const GridRange range{.dims = {{4, 3}, {16, 16}, {33, 17}, {1, 1}, {64, 64}, {20, 72}, {100, 7}},

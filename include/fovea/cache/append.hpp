@@ -102,7 +102,7 @@ inline Status check_append(const CacheRows& rows, const Operand& k, const Operan
 }
 
 // Appends the tokens of k and v to a sequence of any cache: contiguous, paged or ring. With v_in_k v is ignored. Refused without
-// a trace when the cache has no room. `lost`, where given, grows by the numbers i8_channel had to clip.
+// a trace when the cache has no room. `lost`, where given, grows by what a row had to clip: of i8_channel, or divided beside it.
 template <class Cache>
 Status append_tokens(Cache& cache, index_t sequence, const Operand& k, const Operand& v, const AppendRope& rope = {},
                      index_t* lost = nullptr) {
