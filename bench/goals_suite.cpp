@@ -198,7 +198,8 @@ int run_goals(const SuiteOptions& options) {
     const char* const verdict = !goal.applies ? "info" : met ? "ok" : "short";
     std::printf("%-36s %2s%8.3g %10.3f  %-7s %s\n", goal.id.c_str(), goal.at_least ? ">=" : "<=", goal.target, reached,
                 verdict, worst.c_str());
-    report["goals"].push_back({{"id", goal.id}, {"target", goal.target}, {"reached", reached}, {"verdict", verdict}});
+    if (goal.applies)
+      report["goals"].push_back({{"id", goal.id}, {"target", goal.target}, {"reached", reached}, {"verdict", verdict}});
   }
   if (!options.json.empty() && !(std::ofstream(options.json) << report.dump(2) << std::endl)) {
     std::fprintf(stderr, "fovea_bench: cannot write %s\n", options.json.c_str());

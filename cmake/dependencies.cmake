@@ -60,7 +60,11 @@ macro(fovea_header_only target name repository tag)
 endmacro()
 
 function(fovea_provide_eigen)
-  find_package(Eigen3 3.4 CONFIG QUIET)
+  # The version is not asked of find_package: a version file of Eigen 5 refuses every major version but its own.
+  find_package(Eigen3 CONFIG QUIET)
+  if(Eigen3_VERSION AND Eigen3_VERSION VERSION_LESS 3.4)
+    message(FATAL_ERROR "fovea: Eigen ${Eigen3_VERSION} in ${Eigen3_DIR} is too old, 3.4 or newer is needed")
+  endif()
   fovea_header_only(Eigen3::Eigen eigen https://gitlab.com/libeigen/eigen.git 3.4.0)
 endfunction()
 

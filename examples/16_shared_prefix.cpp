@@ -30,10 +30,8 @@ int main() {
     }
     for (fovea::index_t n = 0; n < count; ++n) {
       fovea::index_t& request = requests[static_cast<std::size_t>(n)];
-      if (example::refused(cache.share_prefix(prompt, prompt_tokens, &request)) ||
-          example::refused(append(cache, request, 5 + 9 * n))) {   // the step's own token is the last of them
-        return 1;
-      }
+      if (example::refused(cache.share_prefix(prompt, prompt_tokens, &request))) return 1;
+      if (example::refused(append(cache, request, 5 + 9 * n))) return 1;   // the step's own token is the last of them
     }
   }
 
@@ -45,11 +43,9 @@ int main() {
   fovea::PageLists lists;
   for (fovea::index_t layer = 0; layer < layers; ++layer) {
     fovea::PagedCache& cache = caches[layer];
-    const fovea::index_t shared[] = {prompt_tokens / cache.page_size() * cache.page_size()};   // whole pages
-    const fovea::index_t prompts[] = {prompt};
+    const fovea::index_t prompts[] = {prompt}, shared[] = {prompt_tokens / cache.page_size() * cache.page_size()};   // whole pages
     fovea::KvBatch first, own;
-    if (example::refused(cache.csr(prompts, &first)) || example::refused(cache.csr(requests, shared[0], lists, &own)))
-      return 1;
+    if (example::refused(cache.csr(prompts, &first)) || example::refused(cache.csr(requests, shared[0], lists, &own))) return 1;
     const fovea::CascadeLevel levels[] = {{first.kv, everyone, shared}, {own.kv, each, own.len_k}};
 
     const std::vector<float> q_data = example::random_values(count * q_heads * dim, seed++);
@@ -70,11 +66,8 @@ int main() {
         k(0, head, key, d) = static_cast<float>(fovea::reference::stored_value(rows.k, cache.k_row(request, head, key), dim, d));
         v(0, head, key, d) = static_cast<float>(fovea::reference::stored_value(rows.v, cache.v_row(request, head, key), dim, d));
       }
-      auto own_q = q;
-      auto own_out = out;
-      own_q.extent[2] = own_out.extent[2] = 1;
-      own_q.data += n * q.stride[2];
-      own_out.data += n * out.stride[2];
+      const auto own_q = fovea::ragged(q_data.data() + n * q_heads * dim, 1, q_heads, dim);
+      const auto own_out = fovea::ragged(out_data.data() + n * q_heads * dim, 1, q_heads, dim);
       const double error = example::error_of(own_q, k, v, own_out);
       if (!(error <= worst)) worst = error;   // a NaN stays
     }

@@ -519,3 +519,22 @@ TEST_CASE("attention_weights refuses rows and outputs that do not exist", "[erro
   check({{0, 0, 0}}, {store.data(), {1, 8}, {8, 1}}, {"8", "9"});
   check({{0, 0, 0}}, {nullptr, {1, 9}, {9, 1}}, {"weights"});
 }
+
+TEST_CASE("attention_weights refuses to write over what it reads", "[errors][weights]") {
+  Dense x(74, 1, 2, 1, 1, 9, 8, 4);
+  const Result r = attend(x);
+  std::vector<float> numbers(18, 0.25f);
+  const std::vector<float> before = numbers;
+  const auto check = [&](const AttentionOptions& options, float* to, const char* name) {
+    const std::vector<fovea::WeightRow> rows{{0, 0, 0}};
+    const Status status = fovea::attention_weights(x.q.view(), x.k.view(), r.lse_view(), rows, {to, {1, 9}, {9, 1}}, options);
+    CHECK(status.code() == Code::invalid_argument);
+    CHECK_THAT(std::string(status.message()), Catch::Matchers::ContainsSubstring(std::string("overlaps ") + name));
+    CHECK(numbers == before);
+  };
+  check({.bias = {numbers.data(), {1, 2, 1, 9}, {18, 9, 9, 1}}}, numbers.data() + 9, "bias");
+  check({.keep = {reinterpret_cast<const std::uint8_t*>(numbers.data()), {1, 1, 1, 9}, {9, 9, 9, 1}}}, numbers.data(), "keep");
+  check({.alibi_slopes = {numbers.data(), 2}}, numbers.data() + 1, "alibi_slopes");
+  check({.sink = {numbers.data() + 8, 2}}, numbers.data(), "sink");
+  check({.tree = {reinterpret_cast<const std::uint64_t*>(numbers.data()), 1}}, numbers.data(), "tree");
+}

@@ -112,6 +112,8 @@ inline Status export_weights(const Call& call, View<const float, 3> lse, std::sp
   if (Status s = check_data("q", q, q_bytes); !s.ok()) return s;
   if (Status s = check_stored("k", call.kv, call.kv.k, call.kv.dim_qk, k_bytes); !s.ok()) return s;
   if (Status s = check_data("lse", lse, lse_bytes); !s.ok()) return s;
+  std::array<NamedBytes, 5> of_options;
+  if (Status s = option_inputs(options, of_options); !s.ok()) return s;
   if (Status s = check_data("weights", weights, to_bytes); !s.ok()) return s;
   if (lse.extent != std::array<index_t, 3>{q.extent[0], q.extent[1], q.extent[2]}) {
     return invalid("fovea: lse is [%td, %td, %td], must be [%td, %td, %td]", lse.extent[0], lse.extent[1],
@@ -119,7 +121,10 @@ inline Status export_weights(const Call& call, View<const float, 3> lse, std::sp
   }
   if (!writes_apart(weights))
     return invalid("fovea: weights overlaps itself: strides [%td, %td]", weights.stride[0], weights.stride[1]);
-  for (const auto& [name, bytes] : {std::pair{"q", q_bytes}, std::pair{"k", k_bytes}, std::pair{"lse", lse_bytes}}) {
+  for (const auto& [name, bytes] : {NamedBytes{"q", q_bytes}, NamedBytes{"k", k_bytes}, NamedBytes{"lse", lse_bytes}}) {
+    if (Status s = check_apart({"weights", to_bytes}, name, bytes); !s.ok()) return s;
+  }
+  for (const auto& [name, bytes] : of_options) {
     if (Status s = check_apart({"weights", to_bytes}, name, bytes); !s.ok()) return s;
   }
   return with_local([&](Local& local) {

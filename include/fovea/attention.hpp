@@ -49,7 +49,8 @@ Status attention(const Operand& q, const View<TK, 4>& k, const View<TV, 4>& v, c
 template <class Compiled = AllFormats>
 Status attention(const Operand& q, const Kv& kv, const Result& out, const AttentionOptions& options = {});
 
-// Why a problem would be refused, or ok. Pure; reads no tensor data, only the tables of lengths and slopes.
+// Why a problem would be refused, or ok; only make_plan counts its tasks, of which a call may have 2^24. Pure; reads no tensor data,
+// only the tables of lengths and slopes.
 Status supports(const AttentionShape& shape, const AttentionOptions& options = {});
 
 // Fills `plan` for every call of this shape and these options; a plan holds no data pointers, so one serves all layers of a

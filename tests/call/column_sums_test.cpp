@@ -316,6 +316,9 @@ TEST_CASE("column sums: refused with numbers, outputs untouched", "[column_sums]
   refuses({folded}, {}, "overlaps itself");
   fovea::View<float, 3> inside{p.q.data(), {p.batch, p.kv_heads, p.len_k}, {p.kv_heads * p.len_k, p.len_k, 1}};
   refuses({inside}, {}, "overlaps q");
+  AttentionOptions biased;
+  biased.bias = {keys.view.data, {1, 1, 1, p.len_k}, {0, 0, 0, 1}};
+  refuses({keys.view}, biased, "overlaps bias");
   const fovea::Status other = fovea::column_sums<fovea::Formats<fovea::Format::bf16>>(p.q_view(), p.kv(), {keys.view}, {});
   CHECK(other.code() == fovea::Code::unsupported);
   for (const float x : keys.values()) CHECK(test::is_canary(x));

@@ -318,6 +318,20 @@ Bytes span_bytes(const std::span<T>& span) {
   return {base, base + span.size_bytes()};
 }
 
+// What a call reads of the options' tensors and tables.
+using NamedBytes = std::pair<const char*, Bytes>;
+inline Status option_inputs(const AttentionOptions& o, std::array<NamedBytes, 5>& inputs) {
+  Bytes bias, keep;
+  if (Status s = check_data("bias", o.bias, bias); o.bias && !s.ok()) return s;
+  if (Status s = check_data("keep", o.keep, keep); o.keep && !s.ok()) return s;
+  inputs = {{{"bias", bias},
+             {"keep", keep},
+             {"alibi_slopes", span_bytes(o.alibi_slopes)},
+             {"sink", span_bytes(o.sink)},
+             {"tree", span_bytes(o.tree)}}};
+  return {};
+}
+
 // What outputs must be by themselves: no element named twice, the LSE of q's rows, apart from out.
 inline Status check_outputs(const Result& out, const Bytes& out_bytes, const View<float, 3>& lse,
                             const std::array<index_t, 4>& q_extent, Bytes& lse_bytes) {
@@ -347,7 +361,7 @@ inline Status check_learned(const char* name, const Bytes& bytes, const Result& 
 }
 
 inline Status check_call(const Operand& q, const Kv& kv, const Result& out, const AttentionOptions& o) {
-  Bytes q_bytes, k_bytes, v_bytes, exact_k_bytes, exact_v_bytes, out_bytes, lse_bytes, bias_bytes, keep_bytes;
+  Bytes q_bytes, k_bytes, v_bytes, exact_k_bytes, exact_v_bytes, out_bytes, lse_bytes;
   if (Status s = check_plain("q", q.format); !s.ok()) return s;
   if (Status s = check_plain("out", out.format); !s.ok()) return s;
   if (Status s = check_data("q", q, q_bytes); !s.ok()) return s;
@@ -359,8 +373,8 @@ inline Status check_call(const Operand& q, const Kv& kv, const Result& out, cons
     if (Status s = check_formats(*kv.exact, kv.k_channel_scale); !s.ok()) return s;
   }
   if (Status s = check_data("out", out, out_bytes); !s.ok()) return s;
-  if (Status s = check_data("bias", o.bias, bias_bytes); o.bias && !s.ok()) return s;
-  if (Status s = check_data("keep", o.keep, keep_bytes); o.keep && !s.ok()) return s;
+  std::array<NamedBytes, 5> of_options;
+  if (Status s = option_inputs(o, of_options); !s.ok()) return s;
   if (q.extent[3] != kv.dim_qk) return invalid("fovea: q has dim %td, k has dim %td", q.extent[3], kv.dim_qk);
   if (Status s = check_extents("out", out, {q.extent[0], q.extent[1], q.extent[2], kv.dim_v}, "q and v"); !s.ok()) return s;
   if (Status s = check_outputs(out, out_bytes, o.lse, q.extent, lse_bytes); !s.ok()) return s;
@@ -370,25 +384,29 @@ inline Status check_call(const Operand& q, const Kv& kv, const Result& out, cons
     scale_bytes = {base, base + static_cast<std::uintptr_t>(kv.kv_heads) * static_cast<std::uintptr_t>(kv.dim_qk) * sizeof(float)};
   }
   if (Status s = check_data("block_table", kv.block_table, table_bytes); kv.block_table && !s.ok()) return s;
-  const std::pair<const char*, Bytes> inputs[] = {{"q", q_bytes},
-                                                  {"k", k_bytes},
-                                                  {"v", v_bytes},
-                                                  {"the exact k", exact_k_bytes},
-                                                  {"the exact v", exact_v_bytes},
-                                                  {"k_channel_scale", scale_bytes},
-                                                  {"page_indices", span_bytes(kv.page_indices)},
-                                                  {"block_table", table_bytes},
-                                                  {"bias", bias_bytes},
-                                                  {"keep", keep_bytes},
-                                                  {"alibi_slopes", span_bytes(o.alibi_slopes)},
-                                                  {"sink", span_bytes(o.sink)},
-                                                  {"tree", span_bytes(o.tree)},
-                                                  {"workspace", span_bytes(o.workspace)}};
-  const OutputBytes workspace{"workspace", span_bytes(o.workspace)};
-  for (const auto& [name, bytes] : inputs) {
-    if (workspace.bytes.overlaps(bytes) && &bytes != &std::end(inputs)[-1].second) return check_apart(workspace, name, bytes);
-    if (out_bytes.overlaps(bytes)) return check_apart({"out", out_bytes}, name, bytes);
-    if (lse_bytes.overlaps(bytes)) return check_apart({"lse", lse_bytes}, name, bytes);
+  const NamedBytes inputs[] = {{"q", q_bytes},
+                               {"k", k_bytes},
+                               {"v", v_bytes},
+                               {"the exact k", exact_k_bytes},
+                               {"the exact v", exact_v_bytes},
+                               {"k_channel_scale", scale_bytes},
+                               {"page_indices", span_bytes(kv.page_indices)},
+                               {"block_table", table_bytes}};
+  const OutputBytes outputs[] = {{"workspace", span_bytes(o.workspace)}, {"out", out_bytes}, {"lse", lse_bytes}};
+  const auto apart = [&](const NamedBytes& input) -> Status {
+    for (const OutputBytes& output : outputs) {
+      if (output.bytes.overlaps(input.second)) return check_apart(output, input.first, input.second);
+    }
+    return {};
+  };
+  for (const NamedBytes& input : inputs) {
+    if (Status s = apart(input); !s.ok()) return s;
+  }
+  for (const NamedBytes& input : of_options) {
+    if (Status s = apart(input); !s.ok()) return s;
+  }
+  for (const OutputBytes& output : {outputs[1], outputs[2]}) {
+    if (output.bytes.overlaps(outputs[0].bytes)) return check_apart(output, outputs[0].name, outputs[0].bytes);
   }
   return {};
 }

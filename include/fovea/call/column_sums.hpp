@@ -255,11 +255,16 @@ inline Status check(const door::Selection& call, const ColumnSums& sums, const A
   if (Status s = door::check_data("q", call.q, q_bytes); !s.ok()) return s;
   const Kv& kv = call.source.kv;
   if (Status s = door::check_stored("k", kv, kv.k, kv.dim_qk, k_bytes); !s.ok()) return s;
+  std::array<door::NamedBytes, 5> of_options;
+  if (Status s = door::option_inputs(o, of_options); !s.ok()) return s;
   if (Status s = door::check_apart({"keys", key_bytes}, "distances", distance_bytes); !s.ok()) return s;
   for (const door::OutputBytes& output :
        {door::OutputBytes{"keys", key_bytes}, door::OutputBytes{"distances", distance_bytes}}) {
     if (Status s = door::check_apart(output, "q", q_bytes); !s.ok()) return s;
     if (Status s = door::check_apart(output, "k", k_bytes); !s.ok()) return s;
+    for (const auto& [name, bytes] : of_options) {
+      if (Status s = door::check_apart(output, name, bytes); !s.ok()) return s;
+    }
   }
   return {};
 }

@@ -362,7 +362,11 @@ inline std::string Plan::describe() const {
                              : wide_blocks == all               ? "wide decode (K and V packed per key tile, keys split)"
                              : decode_blocks + wide_blocks == 0 ? "prefill (K and V packed per key tile)"
                                                                 : "mixed, by the rows of each sequence";
-  const char* const panels = request.panels == Panels::f32 ? "f32" : tiles_allowed() ? "bf16 (AMX)" : "bf16";
+  const bool packs = decode_blocks < all || all == 0;
+  const char* const panels = !packs                         ? "no"
+                             : request.panels == Panels::f32 ? "f32"
+                             : tiles_allowed()               ? "bf16 (AMX)"
+                                                             : "bf16";
   char text[640];
   std::snprintf(text, sizeof text,
                 "regime      %s\n"
@@ -374,8 +378,8 @@ inline std::string Plan::describe() const {
                 "\n"
                 "workspace   %zu bytes for %d lanes\n",
                 regime, request.q_heads, request.kv_heads, group(), request.dim_qk, request.dim_v,
-                group_rows(Regime::prefill), key_tile_size, panels, tasks.size(), blocks.size(), max_rows, sequences.size(),
-                split_blocks, most_splits, kSplitKeys, workspace_bytes(request.lanes), request.lanes);
+                group_rows(packs ? Regime::prefill : Regime::decode), key_tile_size, panels, tasks.size(), blocks.size(),
+                max_rows, sequences.size(), split_blocks, most_splits, kSplitKeys, workspace_bytes(request.lanes), request.lanes);
   return text;
 }
 
