@@ -101,6 +101,24 @@ TEST_CASE("a stride along an axis of extent 1 may be anything", "[edges]") {
   for (const float x : out) CHECK(x == Catch::Approx(2.f));
 }
 
+TEST_CASE("so may those of the exact part of a mixed cache", "[edges]") {
+  const index_t dim = 16, wild = PTRDIFF_MAX / 2;
+  std::vector<float> q(16, 1.f), k(48, 0.5f), v(48, 2.f), exact_k(16, 0.5f), exact_v(16, 6.f), out(16);
+  fovea::Kv kv = fovea::dense_kv(bhsd<const float>(k.data(), 1, 1, 3, dim), bhsd<const float>(v.data(), 1, 1, 3, dim));
+  fovea::Kv exact = fovea::dense_kv(bhsd<const float>(exact_k.data(), 1, 1, 1, dim), bhsd<const float>(exact_v.data(), 1, 1, 1, dim));
+  exact.k.stride = exact.v.stride = {wild, wild, wild};
+  const std::vector<index_t> from{3}, len{4};
+  kv.exact = &exact;
+  kv.exact_from = from;
+  for (const Regime regime : {Regime::decode, Regime::wide_decode, Regime::prefill}) {
+    const auto status = fovea::attention<fovea::Formats<fovea::Format::f32>>(
+        bhsd<const float>(q.data(), 1, 1, 1, dim), kv, bhsd(out.data(), 1, 1, 1, dim), {.len_k = len, .regime = regime});
+    INFO(status.message());
+    REQUIRE(status.ok());
+    for (const float x : out) CHECK(x == Catch::Approx(3.f));
+  }
+}
+
 TEST_CASE("a lane the workspace has no slice for does nothing", "[edges]") {
   Line line(40, std::vector<float>(40, 0.f), std::vector<float>(40, 3.f));
   const AttentionShape shape{1, 1, 1, 40, 40, 1, 1};

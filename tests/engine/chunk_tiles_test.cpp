@@ -164,6 +164,35 @@ TEST_CASE("bf16 tiles: every option with every other", "[grid]") {
   }
 }
 
+// No mechanism has both. Whole panels of f32 values are read where they lie, here a row apart from the next head's.
+TEST_CASE("bf16 tiles: a delta rule with a skip, values read in place") {
+  constexpr index_t len = 64, heads = 2, dim = 32;
+  test::Random random(31);
+  const auto made = [&](index_t width, float low, float high) {
+    std::vector<float> numbers(at(len * heads * width));
+    for (float& x : numbers) x = random.uniform(low, high);
+    return numbers;
+  };
+  const std::vector<float> q = made(dim, -1, 1), k = made(dim, -0.3f, 0.3f), v = made(dim, -1, 1), beta = made(1, 0, 1),
+                           gate = made(1, -0.2f, 0), skips{1.f, 2.f};
+  const auto run = [&](Panels panels) {
+    std::vector<float> out(at(len * heads * dim));
+    const auto view = [&](auto* data, index_t width) { return fovea::bshd(data, 1, len, heads, width); };
+    RecurrentOptions<float> options;
+    options.panels = panels;
+    options.form = RecurrentForm::chunked;
+    options.chunk = 32;
+    fovea::RecurrentRun bound = fovea::door::bind_recurrent(view(q.data(), dim), view(k.data(), dim), view(v.data(), dim),
+                                                            view(out.data(), dim), options, 1.f);
+    const fovea::ChunkSpec<fovea::GateDecay<fovea::Decayed::token>, fovea::Delta, fovea::Inclusive, fovea::Skip> spec{
+        {view(gate.data(), 1), fovea::DecayForm::log, dim}, {view(beta.data(), 1)}, {}, {{skips.data(), {heads, 1}, {1, 1}}}};
+    REQUIRE(fovea::door::run_recurrent(bound, spec, options).ok());
+    return out;
+  };
+  const std::vector<float> exact = run(Panels::f32), rounded = run(Panels::bf16);
+  for (std::size_t i = 0; i < exact.size(); ++i) CHECK(std::abs(exact[i] - rounded[i]) <= 0.05f);
+}
+
 TEST_CASE("bf16 tiles: lanes, workspaces and states in place change no bit") {
   if (!fovea::tile_products_allowed()) return;
   for (const Mechanism* mechanism : {&gated_delta(), &kda()}) {

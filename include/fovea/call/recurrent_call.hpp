@@ -56,6 +56,7 @@ class Memory {
   // An output that may be exactly an input (a state updated in place): where data and strides are the same, the two are not
   // compared. One may have more of an axis than the other: a state that grows.
   void may_be(const char* output, const char* input) {
+    FOVEA_ASSERT(same_count_ < same_output_.size());
     same_output_[same_count_] = output;
     same_input_[same_count_++] = input;
   }

@@ -402,7 +402,7 @@ class TileChunkTask : ChunkTask<Spec> {
         }
         store(m_.out, o[0]);
         store(m_.out + kLanes, o[1]);
-        if constexpr (CloseOf::skips) spec_.close.skip(at_, panel * kPanel, columns, Base::values(p) + i * kPanel, m_.out);
+        if constexpr (CloseOf::skips) spec_.close.skip(at_, panel * kPanel, columns, Base::values(p) + i * values_.stride, m_.out);
         store_values(run_.out, m_.out, columns, to);
       }
     }

@@ -90,7 +90,7 @@ inline Status check_call(const char* layer, const Operand& x, const Result& y, i
   if (Status s = memory.reads("x", x); !s.ok()) return s;
   if (Status s = door::check_extents("y", y, x.extent, "x"); !s.ok()) return s;
   if (Status s = memory.writes("y", y); !s.ok()) return s;
-  memory.may_be("y", "x");
+  if (y.data == x.data && y.format == x.format && y.stride == x.stride) memory.may_be("y", "x");
   if (Status s = door::check_how(shape, options); !s.ok()) return s;
   if (Status s = door::check_states(shape, options, memory); !s.ok()) return s;
   if (width > short_conv_parts::kMaxWidth)

@@ -83,7 +83,8 @@ struct StoredSource {
       }
     }
     const auto segment = [&](const Stored& stored, index_t near) {
-      return Segment{at(stored, place), stored.stride[2], count, near * stored.stride[2]};
+      const index_t stride = home.len > 1 ? stored.stride[2] : 0;   // that of an exact part of one position may be anything
+      return Segment{at(stored, place), stride, count, near * stride};
     };
     return {segment(home.k, rows_ahead(home.k.format, home.dim_qk)), segment(home.v, rows_ahead(home.v.format, home.dim_v)),
             &reads};
