@@ -65,40 +65,37 @@ class Memory {
     for (std::size_t o = 0; o < output_count_; ++o) {
       for (std::size_t i = 0; i < input_count_; ++i) {
         if (are_the_same(outputs_[o], inputs_[i])) continue;
-        if (Status s = apart(outputs_[o], inputs_[i]); !s.ok()) return s;
+        if (Status s = door::check_apart(outputs_[o].range, inputs_[i].range.name, inputs_[i].range.bytes); !s.ok()) return s;
       }
       for (std::size_t other = o + 1; other < output_count_; ++other) {
-        if (Status s = apart(outputs_[o], outputs_[other]); !s.ok()) return s;
+        if (Status s = door::check_apart(outputs_[o].range, outputs_[other].range.name, outputs_[other].range.bytes); !s.ok())
+          return s;
       }
     }
     return {};
   }
 
  private:
-  static constexpr std::size_t kMostInputs = 24, kMostOutputs = 12;
+  static constexpr std::size_t kMost = 24;
   struct Noted {
-    const char* name;
-    std::uintptr_t begin, end;
+    OutputBytes range;
     const void* data;
     std::array<index_t, 5> extent, stride;
-    Bytes bytes() const { return {begin, end}; }
   };
+  using Ranges = std::array<Noted, kMost>;
 
-  template <class Shaped, std::size_t Most>
-  static Status note(const char* name, const Shaped& view, std::array<Noted, Most>& ranges, std::size_t& count) {
+  template <class Shaped>
+  static Status note(const char* name, const Shaped& view, Ranges& ranges, std::size_t& count) {
     if (view.data == nullptr && is_absent(view)) return {};
     Bytes bytes;
     if (Status s = check_data(name, view, bytes); !s.ok()) return s;
-    FOVEA_ASSERT(count < Most);
+    FOVEA_ASSERT(count < kMost);
     Noted& noted = ranges[count++];
-    noted = {name, bytes.begin, bytes.end, view.data, {}, {}};
+    noted = {{name, bytes}, view.data, {}, {}};
     static_assert(std::tuple_size_v<decltype(view.extent)> <= 5);
     std::copy(view.extent.begin(), view.extent.end(), noted.extent.begin());
     std::copy(view.stride.begin(), view.stride.end(), noted.stride.begin());
     return {};
-  }
-  static Status apart(const Noted& output, const Noted& other) {
-    return door::check_apart({output.name, output.bytes()}, other.name, other.bytes());
   }
   template <class Shaped>
   static bool is_absent(const Shaped& view) {
@@ -107,14 +104,12 @@ class Memory {
   bool are_the_same(const Noted& output, const Noted& input) const {
     if (output.data != input.data || !stride_alike(output, input)) return false;
     for (std::size_t i = 0; i < same_count_; ++i) {
-      if (std::strcmp(same_output_[i], output.name) == 0 && std::strcmp(same_input_[i], input.name) == 0) return true;
+      if (std::strcmp(same_output_[i], output.range.name) == 0 && std::strcmp(same_input_[i], input.range.name) == 0) return true;
     }
     return false;
   }
 
-  // Set as they are noted: clearing all of them took 50 ns of a call.
-  std::array<Noted, kMostInputs> inputs_;
-  std::array<Noted, kMostOutputs> outputs_;
+  Ranges inputs_{}, outputs_{};
   std::size_t input_count_ = 0, output_count_ = 0, same_count_ = 0;
   std::array<const char*, 8> same_output_{}, same_input_{};
 };

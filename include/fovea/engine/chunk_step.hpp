@@ -54,7 +54,7 @@ FOVEA_INLINE void step_dots(const float* state, index_t stride, index_t dim_k, c
     for (int n = 0; n < Vectors; ++n) {
       if (n < Vectors / 2)
         prefetch_l2(reinterpret_cast<const std::byte*>(state + n * kLanes), ahead);   // L1 holds the tile in work
-      const f32 s = in_register(load(state + n * kLanes));
+      const f32 s = load(state + n * kLanes);
       if (removal != nullptr) sum_p[n] = fma(s, by_p, sum_p[n]);
       sum_y[n] = fma(s, by_y, sum_y[n]);
     }
@@ -68,7 +68,7 @@ FOVEA_INLINE void step_dots(const float* state, index_t stride, index_t dim_k, c
 
 // to = Diag(alpha) from + k w' + b p'.
 template <int Vectors>
-FOVEA_INLINE void step_update(const float* from, index_t from_stride, index_t dim_k, StepRows rows, const float* w,
+FOVEA_INLINE void step_update(const float* from, index_t from_stride, index_t dim_k, const StepRows& rows, const float* w,
                               const float* p, float* to, index_t to_stride, index_t ahead) {
   f32 written[Vectors], removed[Vectors];
   FOVEA_UNROLL
@@ -90,7 +90,7 @@ FOVEA_INLINE void step_update(const float* from, index_t from_stride, index_t di
 
 // Both at once, where what is written does not depend on what is read: y of the state before, and one sweep instead of two.
 template <int Vectors>
-FOVEA_INLINE void step_once(float* state, index_t stride, index_t dim_k, StepRows rows, const float* w, float* y,
+FOVEA_INLINE void step_once(float* state, index_t stride, index_t dim_k, const StepRows& rows, const float* w, float* y,
                             index_t ahead) {
   f32 written[Vectors], sum[Vectors];
   FOVEA_UNROLL
@@ -103,7 +103,7 @@ FOVEA_INLINE void step_once(float* state, index_t stride, index_t dim_k, StepRow
     FOVEA_UNROLL
     for (int n = 0; n < Vectors; ++n) {
       prefetch(reinterpret_cast<const std::byte*>(state + n * kLanes), ahead);
-      const f32 s = in_register(load(state + n * kLanes));
+      const f32 s = load(state + n * kLanes);
       sum[n] = fma(s, read, sum[n]);
       store(state + n * kLanes, fma(written[n], k, s * alpha));
     }
@@ -351,7 +351,7 @@ class StepTask {
             FOVEA_UNROLL
             for (index_t r = 0; r < 4; ++r) {
               prefetch(reinterpret_cast<const std::byte*>(at[0] + d * step + r * between), ahead);
-              const f32 cells = in_register(load(at[r] + d));
+              const f32 cells = load(at[r] + d);
               y[r] = fma(cells, read, y[r]);
               store(at[r] + d, fma(k, f32(written[r]), cells * alpha));
             }
@@ -374,7 +374,7 @@ class StepTask {
           y[r] = fma(cells, read, y[r]);
         }
       };
-      for (index_t d = 0; d < whole; d += kLanes) dots(d, [](const float* from) { return in_register(load(from)); });
+      for (index_t d = 0; d < whole; d += kLanes) dots(d, [](const float* from) { return load(from); });
       if (tail > 0) dots(whole, [&](const float* from) { return load_some(from, tail); });
       float sum_p[4] = {}, sum_y[4], w[4];
       if constexpr (kRemoves) reduce_add4(p[0], p[1], p[2], p[3], sum_p);

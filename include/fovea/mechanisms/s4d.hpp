@@ -39,8 +39,9 @@ struct ModeScan {
         const double a_re = -std::exp(double{log_a_real(channel, n)}), a_im = a_imag(channel, n);
         const double c_re = c_real(channel, n), c_im = c_imag(channel, n);
         // e^{x + iy} - 1 = e^x cos y - 1 + i e^x sin y, without the difference of numbers close to 1.
-        const double half_sine = std::sin(dt * a_im / 2), size = std::exp(dt * a_re);
-        const double re = std::expm1(dt * a_re) - 2 * size * half_sine * half_sine, im = size * std::sin(dt * a_im);
+        const double shrunk = std::expm1(dt * a_re), size = 1 + shrunk;
+        const double half_sine = std::sin(dt * a_im / 2), half_cosine = std::cos(dt * a_im / 2);
+        const double re = shrunk - 2 * size * half_sine * half_sine, im = 2 * size * half_sine * half_cosine;
         const double over_re = (re * a_re + im * a_im) / (a_re * a_re + a_im * a_im),
                      over_im = (im * a_re - re * a_im) / (a_re * a_re + a_im * a_im);
         float* const row = rows + kRows * n * kLanes + lane;

@@ -14,8 +14,6 @@ inline namespace FOVEA_ARCH {
 FOVEA_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm256_fmadd_ps(a, b, c); }
 FOVEA_INLINE f32 fma_from_memory(const float* a, f32 b, f32 c) { return fma(f32(*a), b, c); }
 
-FOVEA_INLINE f32 in_register(f32 v) { return v; }
-
 FOVEA_INLINE __m256i first_lanes(index_t count) {
   const __m256i numbers = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), numbers);

@@ -24,14 +24,6 @@ FOVEA_INLINE f32 fma_from_memory(const float* a, f32 b, f32 c) {
   return sum;
 }
 
-// v, read once for all its uses: g++ makes a memory operand of each, and Zen 4 reads one vector of 64 bytes a cycle (a step of
-// Mamba-2, state 128 x 64 in L1: 445 instead of 515 ns).
-FOVEA_INLINE f32 in_register(f32 v) {
-  __m512 bits = v;
-  asm("" : "+v"(bits));
-  return bits;
-}
-
 FOVEA_INLINE __mmask16 first_lanes(index_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
 FOVEA_INLINE f32 load_some(const float* from, index_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), from); }
 FOVEA_INLINE void store_some(float* to, f32 v, index_t count) { _mm512_mask_storeu_ps(to, first_lanes(count), v); }

@@ -13,8 +13,6 @@ inline namespace FOVEA_ARCH {
 FOVEA_INLINE f32 fma(f32 a, f32 b, f32 c) { return xsimd::fma(a, b, c); }
 FOVEA_INLINE f32 fma_from_memory(const float* a, f32 b, f32 c) { return fma(f32(*a), b, c); }
 
-FOVEA_INLINE f32 in_register(f32 v) { return v; }
-
 FOVEA_INLINE f32 load_some(const float* from, index_t count) {
   alignas(f32) float lanes[kLanes] = {};
   for (index_t i = 0; i < count; ++i) lanes[i] = from[i];
